@@ -1,0 +1,152 @@
+"""JSON as the contract needs it: integers of any size exact, nothing but JSON accepted, open objects verbatim."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgspec
+
+from sprite_agent.errors import ContractError
+
+MAX_DEPTH = 256
+"""Deepest nesting of an open object. A fixed limit, so that both sides of the wire refuse the same texts."""
+DOCUMENT_DEPTH = MAX_DEPTH + 16
+"""Deepest nesting of a document that has open objects in it."""
+
+_MAX_BITS = 14_000
+"""Of an integer: Python writes and reads up to 4,300 digits."""
+_TYPE_NAMES = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", type(None): "null"}
+
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
+_NOT_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[^{}\[\]"]++', re.DOTALL)
+
+
+class OpenObject(dict[str, Any]):
+    """An object of the runtime's own, with the text it was written as.
+
+    It compares and serializes as a dict; `encode` writes its text. Not to be changed.
+    """
+
+    __slots__ = ("text",)
+
+    text: str
+    """One JSON object, byte for byte as it was read."""
+
+    def __init__(self, value: dict[str, Any], text: str) -> None:
+        super().__init__(value)
+        self.text = text
+
+
+def parse(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
+    """The value that `text` holds.
+
+    Raises:
+        ContractError: it is not JSON (NaN, Infinity, numbers beyond a double, lone
+            surrogates and invalid UTF-8 are not), or is nested deeper than `max_depth`.
+    """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    # Two counts are cheaper than a look at the structure, and settle it for nearly every text.
+    if data.count(b"{") + data.count(b"[") > max_depth and _depth(data) > max_depth:
+        raise ContractError(f"nested deeper than {max_depth} levels")
+    try:
+        return _decode(data)
+    except UnicodeDecodeError as error:
+        raise ContractError("not valid UTF-8") from error
+    except msgspec.ValidationError as error:
+        raise ContractError(f"a number is out of range ({error})") from error
+    except msgspec.DecodeError as error:
+        raise ContractError(f"not JSON ({error})") from error
+
+
+def parse_object(text: bytes | str) -> OpenObject:
+    """The object that `text` holds, with its text.
+
+    Raises:
+        ContractError: as for `parse`, or it is JSON but no object.
+    """
+    value = parse(text)
+    if not isinstance(value, dict):
+        raise ContractError(f"an object is needed, this is a JSON {_TYPE_NAMES[type(value)]}")
+    return OpenObject(value, text if isinstance(text, str) else text.decode())
+
+
+def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
+    """A decoder whose result's attribute `name` is the text of that member of an object, as `msgspec.Raw`.
+
+    It looks at nothing else: only for texts that `parse` has accepted.
+    """
+    shape = msgspec.defstruct("Member", [(name, msgspec.Raw, msgspec.Raw(b""))])
+    return msgspec.json.Decoder(shape)
+
+
+def member(value: dict[str, Any] | None, name: str) -> Any:
+    """A member of an object, either of which may not be there: then None."""
+    return None if value is None else value.get(name)
+
+
+def encode(value: Any) -> bytes:
+    """Compact JSON of `value` in one line; an `OpenObject` is written as its text.
+
+    Raises:
+        ContractError: it holds what JSON has no form for (NaN, Infinity, a lone surrogate,
+            a key that is no string, a type of Python's own), or is nested deeper than
+            `DOCUMENT_DEPTH`; the path says where.
+    """
+    return _encode(_writable(value, "", DOCUMENT_DEPTH))
+
+
+def indented(text: bytes) -> bytes:
+    """The same JSON for people: two spaces a level. Numbers and strings keep their spelling."""
+    return msgspec.json.format(text, indent=2)
+
+
+def _writable(value: Any, path: str, depth: int) -> Any:
+    """`value` with each open object replaced by its text in one line, checked on the way."""
+    if isinstance(value, OpenObject):
+        # In JSON a line break can only be white space between tokens: inside a string it is escaped.
+        return msgspec.Raw(value.text.replace("\n", " ").replace("\r", " ").encode())
+    if isinstance(value, dict):
+        _not_too_deep(path, depth)
+        return {
+            _text(key, path): _writable(item, f"{path}.{key}" if path else key, depth - 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        _not_too_deep(path, depth)
+        return [_writable(item, f"{path}[{index}]", depth - 1) for index, item in enumerate(value)]
+    if isinstance(value, str):
+        return _text(value, path)
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise ContractError(f"an integer of {value.bit_length()} bits", path=path)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ContractError(f"JSON has no form for {value}", path=path)
+    if value is not None and not isinstance(value, bool | int | float):
+        raise ContractError(f"JSON has no form for a {type(value).__name__}", path=path)
+    return value
+
+
+def _not_too_deep(path: str, depth: int) -> None:
+    if depth <= 0:
+        raise ContractError(f"nested deeper than {DOCUMENT_DEPTH} levels", path=path[:80])
+
+
+def _text(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise ContractError(f"a key must be a string, this is {value!r}", path=path)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ContractError(f"a lone surrogate at character {error.start}", path=path) from error
+    return value
+
+
+def _depth(data: bytes) -> int:
+    depth = deepest = 0
+    for char in _NOT_STRUCTURE.sub(b"", data):
+        depth += 1 if char in b"{[" else -1
+        deepest = max(deepest, depth)
+    return deepest

@@ -1,0 +1,89 @@
+"""Decides whether a document keeps the contract: the JSON Schemas, compiled once, formats asserted."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from typing import Any
+
+import jsonschema_rs
+
+from sprite_agent.contract import json_text
+from sprite_agent.errors import ContractError
+
+_PREFIX = "urn:opsmgr:schema:v1:"
+
+
+def validate(kind: str, document: Any) -> None:
+    """Returns if `document` is what schema/<kind>.schema.json says.
+
+    The document must be made of JSON values, as parsing and the mirror give them; `violations`
+    finds fault with others too.
+
+    Raises:
+        ContractError: it is not; the path says where, the message what was expected.
+    """
+    try:
+        if _validator(kind).is_valid(document):
+            return
+    except ValueError:
+        pass  # a value that is no JSON value: violations() says where
+    for path, message in violations(kind, document):
+        raise ContractError(message, path=path)
+
+
+def violations(kind: str, document: Any) -> list[tuple[str, str]]:
+    """Every (path, message) by which `document` breaks schema `kind`; empty when it keeps it."""
+    refused: ValueError | None = None
+    try:
+        found = [
+            (_dotted(error.instance_path), _shortened(error.message))
+            for outer in _validator(kind).iter_errors(document)
+            for error in _innermost(outer)
+        ]
+        if found:
+            return found
+    except ValueError as error:
+        refused = error
+    # What the schema has no rule for (a lone surrogate) or can't look at (a huge number) is no JSON value.
+    try:
+        json_text.encode(document)
+    except ContractError as error:
+        return [(error.path, error.message.removeprefix(f"{error.path}: "))]
+    return [("", _shortened(str(refused)))] if refused else []
+
+
+@functools.cache
+def schemas() -> dict[str, dict[str, Any]]:
+    """Every schema by kind (its file's name before .schema.json)."""
+    folder = resources.files("sprite_agent") / "schema"
+    suffix = ".schema.json"
+    return {
+        file.name.removesuffix(suffix): json_text.parse(file.read_bytes())
+        for file in folder.iterdir()
+        if file.name.endswith(suffix)
+    }
+
+
+@functools.cache
+def _validator(kind: str) -> jsonschema_rs.Draft202012Validator:
+    registry = jsonschema_rs.Registry([(f"{_PREFIX}{name}", schema) for name, schema in schemas().items()])
+    return jsonschema_rs.Draft202012Validator(schemas()[kind], registry=registry, validate_formats=True)
+
+
+def _innermost(error: jsonschema_rs.ValidationError) -> list[jsonschema_rs.ValidationError]:
+    """Our alternatives are all "this or null": what is wrong with a value is what "this" says."""
+    if isinstance(error.kind, jsonschema_rs.ValidationErrorKind.AnyOf):
+        return [inner for found in error.kind.context[0] for inner in _innermost(found)]
+    return [error]
+
+
+def _dotted(path: list[str | int]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _shortened(message: str, limit: int = 300) -> str:
+    return message if len(message) <= limit else f"{message[:limit]} … ({len(message)} characters)"

@@ -1,0 +1,354 @@
+"""Every way the agent refuses, as one tree; both programs and both transports speak it.
+
+OpsError
+├── Refused                      the answer is no; the same request will not do better
+│   ├── RequestRefused           INVALID_ARGUMENT: LOOP_ID_INVALID, INTENT_UNSUPPORTED, IDEMPOTENCY_KEY_MISSING,
+│   │                            IDEMPOTENCY_KEY_INVALID, ACTOR_INVALID, NOTE_INVALID, CURSOR_INVALID,
+│   │                            RESUME_TOKEN_INVALID, DEADLINE_INVALID, REQUEST_INVALID, UNKNOWN_FIELDS
+│   ├── NotAuthenticated         UNAUTHENTICATED: TOKEN_MISSING, TOKEN_INVALID
+│   ├── NotFound                 NOT_FOUND: LOOP_NOT_FOUND, EVENTS_NOT_FOUND, CONTROL_NOT_FOUND
+│   ├── PositionLost             the cursor or token no longer fits the log:
+│   │                            OUT_OF_RANGE CURSOR_BEYOND_END, ABORTED LOG_REPLACED, ABORTED LOG_TRUNCATED
+│   ├── Malformed                DATA_LOSS: EVENT_MALFORMED, ARTIFACT_MALFORMED, CONTRACT_VIOLATION
+│   ├── IdempotencyKeyReused     ALREADY_EXISTS: IDEMPOTENCY_KEY_REUSED
+│   └── PreconditionRefused      FAILED_PRECONDITION: RUN_MISMATCH, ITERATION_MISMATCH, APPROVAL_NOT_PENDING,
+│                                APPROVAL_CHANGED, LOOP_NOT_ACTIVE, RUNTIME_MISSING, JOURNAL_CORRUPT,
+│                                ARTIFACT_NOT_REGULAR
+├── NotNow                       the answer is no for the moment, nothing was run; the same request may do better
+│                                UNAVAILABLE: CONTROL_BUSY, DRAINING, JOURNAL_UNAVAILABLE;
+│                                RESOURCE_EXHAUSTED: STREAM_LIMIT
+└── InternalError                INTERNAL: INTERNAL_ERROR, a bug of the agent's; what was run is unknown
+
+Each leaf has one gRPC status and one reason; `BY_REASON` holds them all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+class OpsError(Exception):
+    """A failure as a fact: a message with its values, and the same values by name.
+
+    Attributes:
+        status: name of the gRPC status it travels as.
+        reason: its name in the table of reasons; unique to the class.
+        details: the values of the message, lowerCamelCase, as text.
+        violations: (field, what is wrong with it) for each field at fault.
+        retry_after: seconds after which trying again makes sense; None: not said.
+        retryable: the same request may do better later.
+        executed: whether the attempt ran an intent; None: unknown.
+        error_id: finds the agent's log line; None: it has none.
+    """
+
+    status: ClassVar[str]
+    reason: ClassVar[str]
+    retryable: bool = False
+    executed: bool | None = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        details: Mapping[str, object] | None = None,
+        violations: Sequence[tuple[str, str]] = (),
+        retry_after: float | None = None,
+        error_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.details = {name: str(value) for name, value in (details or {}).items()}
+        self.violations = tuple(violations)
+        self.retry_after = retry_after
+        self.error_id = error_id
+
+    @property
+    def message(self) -> str:
+        """One sentence with the values in it."""
+        return str(self.args[0])
+
+
+class Refused(OpsError):
+    """The answer is no, and nothing was run. Do not retry."""
+
+
+class RequestRefused(Refused):
+    """A field of the request is not as it must be."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class LoopIdInvalid(RequestRefused):
+    """The loop id is not a single plain path component."""
+
+    reason = "LOOP_ID_INVALID"
+
+
+class IntentUnsupported(RequestRefused):
+    """Not cancel, approve or reject."""
+
+    reason = "INTENT_UNSUPPORTED"
+
+
+class IdempotencyKeyMissing(RequestRefused):
+    """A control needs an idempotency key."""
+
+    reason = "IDEMPOTENCY_KEY_MISSING"
+
+
+class IdempotencyKeyInvalid(RequestRefused):
+    """The key has other characters, or more of them, than a key may have."""
+
+    reason = "IDEMPOTENCY_KEY_INVALID"
+
+
+class ActorInvalid(RequestRefused):
+    """requested_by is empty, too long or has control characters."""
+
+    reason = "ACTOR_INVALID"
+
+
+class NoteInvalid(RequestRefused):
+    """The note is empty, too long or has control characters."""
+
+    reason = "NOTE_INVALID"
+
+
+class CursorInvalid(RequestRefused):
+    """The line offset is no whole number >= 0."""
+
+    reason = "CURSOR_INVALID"
+
+
+class ResumeTokenInvalid(RequestRefused):
+    """The text is no resume token of ours."""
+
+    reason = "RESUME_TOKEN_INVALID"
+
+
+class DeadlineInvalid(RequestRefused):
+    """A control needs a deadline, and not a longer one than the agent allows."""
+
+    reason = "DEADLINE_INVALID"
+
+
+class RequestInvalid(RequestRefused):
+    """Another field is not as it must be; the violations name it."""
+
+    reason = "REQUEST_INVALID"
+
+
+class UnknownFields(RequestRefused):
+    """The control request has fields this agent does not know, so it can't honour them."""
+
+    reason = "UNKNOWN_FIELDS"
+
+
+class NotAuthenticated(Refused):
+    """The agent does not know who asks."""
+
+    status = "UNAUTHENTICATED"
+
+
+class TokenMissing(NotAuthenticated):
+    """No bearer token came with the call."""
+
+    reason = "TOKEN_MISSING"
+
+
+class TokenInvalid(NotAuthenticated):
+    """The bearer token is not one of the agent's."""
+
+    reason = "TOKEN_INVALID"
+
+
+class NotFound(Refused):
+    """What was asked for is not there."""
+
+    status = "NOT_FOUND"
+
+
+class LoopNotFound(NotFound):
+    """The loop has no artifact folder."""
+
+    reason = "LOOP_NOT_FOUND"
+
+
+class EventsNotFound(NotFound):
+    """The loop has no event log."""
+
+    reason = "EVENTS_NOT_FOUND"
+
+
+class ControlNotFound(NotFound):
+    """The journal does not have the key, so nothing was run for it."""
+
+    reason = "CONTROL_NOT_FOUND"
+
+
+class PositionLost(Refused):
+    """The position no longer fits the log. Replay from the start, as a new log."""
+
+    status = "ABORTED"
+
+
+class CursorBeyondEnd(PositionLost):
+    """The cursor is past the lines of the log."""
+
+    status = "OUT_OF_RANGE"
+    reason = "CURSOR_BEYOND_END"
+
+
+class LogReplaced(PositionLost):
+    """The log before the position is not the one the position was taken in."""
+
+    reason = "LOG_REPLACED"
+
+
+class LogTruncated(PositionLost):
+    """The log is shorter than the position."""
+
+    reason = "LOG_TRUNCATED"
+
+
+class Malformed(Refused):
+    """What was read breaks the contract."""
+
+    status = "DATA_LOSS"
+
+
+class EventMalformed(Malformed):
+    """A record of the event log is not an event; everything before it was delivered."""
+
+    reason = "EVENT_MALFORMED"
+
+
+class ArtifactMalformed(Malformed):
+    """An artifact can't be read as what it should be."""
+
+    reason = "ARTIFACT_MALFORMED"
+
+
+class ContractError(Malformed):
+    """A value breaks the contract; `path` says where in its document, as in run.iteration."""
+
+    reason = "CONTRACT_VIOLATION"
+
+    def __init__(self, message: str, *, path: str = "", details: Mapping[str, object] | None = None) -> None:
+        super().__init__(f"{path}: {message}" if path else message, details={"path": path, **(details or {})})
+        self.path = path
+
+
+class IdempotencyKeyReused(Refused):
+    """The key belongs to another request."""
+
+    status = "ALREADY_EXISTS"
+    reason = "IDEMPOTENCY_KEY_REUSED"
+
+
+class PreconditionRefused(Refused):
+    """Things are not as the request needs them."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class RunMismatch(PreconditionRefused):
+    """Another run is at hand."""
+
+    reason = "RUN_MISMATCH"
+
+
+class IterationMismatch(PreconditionRefused):
+    """Another iteration is at hand."""
+
+    reason = "ITERATION_MISMATCH"
+
+
+class ApprovalNotPending(PreconditionRefused):
+    """There is no approval request to decide."""
+
+    reason = "APPROVAL_NOT_PENDING"
+
+
+class ApprovalChanged(PreconditionRefused):
+    """The approval request is not the one the operator was shown."""
+
+    reason = "APPROVAL_CHANGED"
+
+
+class LoopNotActive(PreconditionRefused):
+    """A cancel would stop another loop: it is repo-wide in the runtime."""
+
+    reason = "LOOP_NOT_ACTIVE"
+
+
+class RuntimeMissing(PreconditionRefused):
+    """The runtime's command is not configured, or can't be executed."""
+
+    reason = "RUNTIME_MISSING"
+
+
+class JournalCorrupt(PreconditionRefused):
+    """The journal can't be trusted; an operator has to decide."""
+
+    reason = "JOURNAL_CORRUPT"
+
+
+class ArtifactNotRegular(PreconditionRefused):
+    """An artifact is a link, or no regular file, and is not read."""
+
+    reason = "ARTIFACT_NOT_REGULAR"
+
+
+class NotNow(OpsError):
+    """Not at the moment, and nothing was run. The same request may do better later."""
+
+    status = "UNAVAILABLE"
+    retryable = True
+
+
+class ControlBusy(NotNow):
+    """Another command runs in this repo."""
+
+    reason = "CONTROL_BUSY"
+
+
+class Draining(NotNow):
+    """The agent is about to stop."""
+
+    reason = "DRAINING"
+
+
+class JournalUnavailable(NotNow):
+    """The journal can't be written."""
+
+    reason = "JOURNAL_UNAVAILABLE"
+
+
+class StreamLimit(NotNow):
+    """The agent serves as many streams as it may."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "STREAM_LIMIT"
+
+
+class InternalError(OpsError):
+    """A bug of the agent's: its log has the text, the error id finds it."""
+
+    status = "INTERNAL"
+    reason = "INTERNAL_ERROR"
+    executed = None
+
+
+def _leaves(cls: type[OpsError]) -> Iterator[type[OpsError]]:
+    below = cls.__subclasses__()
+    if not below:
+        yield cls
+    for subclass in below:
+        yield from _leaves(subclass)
+
+
+BY_REASON: Mapping[str, type[OpsError]] = {leaf.reason: leaf for leaf in _leaves(OpsError)}
+"""The class for each reason."""
