@@ -1,0 +1,211 @@
+"""Reads the runtime's artifacts below one repo, trusting nothing about them.
+
+Sandbox code can put anything at these paths. So a path is opened component by component
+without following links, only regular files are read, and no more of them than a limit.
+The runtime rewrites some files by truncate-and-write, so a document that does not parse
+is read again for a moment before it counts as broken.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from sprite_agent.contract import json_text
+from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, ContractError, LoopIdInvalid, LoopNotFound
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sprite_agent.contract.envelopes import ArtifactRef
+    from sprite_agent.contract.json_text import OpenObject
+
+LOOPS = PurePosixPath(".superloop/loops")
+STATE = PurePosixPath(".superloop/state.json")
+ACTIVE_RUN = PurePosixPath(".superloop/active-run.json")
+
+MAX_DOCUMENT_BYTES = 8 * 1024 * 1024
+"""A larger document is not read: the runtime's stay far below this."""
+
+_MAX_READS = 6
+_REREAD_PAUSE = 0.02
+_LOOP_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopPaths:
+    """Where one loop's artifacts are, relative to the repo."""
+
+    root: PurePosixPath
+    events: PurePosixPath
+    run_summary: PurePosixPath
+    approval: PurePosixPath
+    heartbeat: PurePosixPath
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """A JSON document as it was found: its value, None where there is no file, and what the file was."""
+
+    value: OpenObject | None
+    ref: ArtifactRef
+
+
+def loop_paths(loop_id: str) -> LoopPaths:
+    """The artifact paths of a loop.
+
+    Raises:
+        LoopIdInvalid: the id is not a single plain path component.
+    """
+    if not _LOOP_ID.fullmatch(loop_id):
+        raise LoopIdInvalid(
+            f"loop id {loop_id!r} is not valid: 1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first, no '..'",
+            details={"loopId": loop_id},
+            violations=[("loop_id", "must match [A-Za-z0-9][A-Za-z0-9._-]{0,63} and have no '..'")],
+        )
+    root = LOOPS / loop_id
+    return LoopPaths(
+        root=root,
+        events=root / "events.jsonl",
+        run_summary=root / "run-summary.json",
+        approval=root / "approval.json",
+        heartbeat=root / "heartbeat.v1.json",
+    )
+
+
+class ArtifactFiles:
+    """The files below one repo. Holds nothing open between calls; any thread may call."""
+
+    def __init__(self, repo: Path) -> None:
+        self.repo = repo
+
+    def open(self, path: PurePosixPath) -> int | None:
+        """A read-only descriptor of the regular file at `path`, or None where there is nothing.
+
+        The caller closes it.
+
+        Raises:
+            ArtifactNotRegular: a component is a link, or the file is no regular file.
+        """
+        folder = self._open_folder(path.parent)
+        if folder is None:
+            return None
+        try:
+            descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._refused(path, error) from error
+        finally:
+            os.close(folder)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ArtifactNotRegular(f"{self.repo / path} is not a regular file", details={"path": path})
+        return descriptor
+
+    def require_loop(self, loop_id: str) -> LoopPaths:
+        """The paths of a loop that has an artifact folder.
+
+        Raises:
+            LoopIdInvalid, ArtifactNotRegular
+            LoopNotFound: there is no folder.
+        """
+        paths = loop_paths(loop_id)
+        folder = self._open_folder(paths.root)
+        if folder is None:
+            raise LoopNotFound(f"required artifact root missing: {self.repo / paths.root}", details={"loopId": loop_id})
+        os.close(folder)
+        return paths
+
+    def loops(self) -> list[str]:
+        """Ids of the loops that have an artifact folder, sorted."""
+        folder = self._open_folder(LOOPS)
+        if folder is None:
+            return []
+        try:
+            with os.scandir(folder) as entries:
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        finally:
+            os.close(folder)
+        return sorted(name for name in names if _LOOP_ID.fullmatch(name))
+
+    def read_document(self, path: PurePosixPath) -> Document:
+        """The JSON object in the file at `path`.
+
+        Raises:
+            ArtifactNotRegular
+            ArtifactMalformed: it is too large, or no JSON object, also after re-reading it
+                for a tenth of a second.
+        """
+        reads = 0
+        while True:
+            content, ref = self._read(path)
+            reads += 1
+            if content is None:
+                return Document(value=None, ref=ref)
+            try:
+                return Document(value=json_text.parse_object(content.strip()), ref=ref)
+            except ContractError as error:
+                if reads == _MAX_READS:
+                    raise ArtifactMalformed(
+                        f"{self.repo / path} can't be read: {error} ({ref['sizeBytes']} bytes, read {reads} times)",
+                        details={"path": path},
+                    ) from error
+            time.sleep(_REREAD_PAUSE)
+
+    def _read(self, path: PurePosixPath) -> tuple[bytes | None, ArtifactRef]:
+        descriptor = self.open(path)
+        if descriptor is None:
+            return None, missing_ref(path)
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
+            modified = int(os.fstat(file.fileno()).st_mtime)
+        if len(content) > MAX_DOCUMENT_BYTES:
+            raise ArtifactMalformed(
+                f"{self.repo / path} is larger than {MAX_DOCUMENT_BYTES} bytes", details={"path": path}
+            )
+        return content, {
+            "path": str(path),
+            "exists": True,
+            "sizeBytes": len(content),
+            "lineCount": content.count(b"\n"),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "mtimeEpoch": modified,
+        }
+
+    def _open_folder(self, path: PurePosixPath) -> int | None:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            folder = os.open(self.repo, flags)
+        except FileNotFoundError:
+            return None
+        for part in path.parts:
+            try:
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise self._refused(path, error) from error
+            finally:
+                os.close(folder)
+            folder = below
+        return folder
+
+    def _refused(self, path: PurePosixPath, error: OSError) -> ArtifactNotRegular | ArtifactMalformed:
+        if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.ENXIO}:
+            return ArtifactNotRegular(
+                f"{self.repo / path} is reached through a link or is no regular file", details={"path": path}
+            )
+        return ArtifactMalformed(f"{self.repo / path} can't be opened: {error.strerror}", details={"path": path})
+
+
+def missing_ref(path: PurePosixPath) -> ArtifactRef:
+    """What is said of a file that is not there."""
+    return {"path": str(path), "exists": False, "sizeBytes": 0, "lineCount": 0, "sha256": None, "mtimeEpoch": None}

@@ -1,0 +1,74 @@
+"""What must hold before an intent is run: pure rules over a snapshot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sprite_agent.contract.json_text import member
+from sprite_agent.errors import ApprovalChanged, ApprovalNotPending, IterationMismatch, LoopNotActive, RunMismatch
+from sprite_agent.events import whole_number
+from sprite_agent.processes import pid_is_alive
+
+if TYPE_CHECKING:
+    from sprite_agent.contract.envelopes import ControlRequest, SnapshotEnvelope
+
+_DECISION = {"approve": "approved", "reject": "rejected"}
+
+
+def check(request: ControlRequest, snapshot: SnapshotEnvelope) -> None:
+    """Returns if the request fits the loop as it is.
+
+    Raises:
+        RunMismatch, IterationMismatch, ApprovalChanged: it is not what the operator was shown.
+        ApprovalNotPending: there is no request to decide, or it was decided the other way.
+        LoopNotActive: a cancel would stop another loop.
+    """
+    approval = snapshot["runtime"]["approval"]
+    if request["intent"] == "cancel":
+        _check_active(request, snapshot)
+        run_id, iteration = snapshot["run"]["runId"], snapshot["run"]["iteration"]
+    else:
+        run_id = member(approval, "run_id") or snapshot["run"]["runId"]
+        iteration = whole_number(member(approval, "iteration") or snapshot["run"]["iteration"])
+    if request.get("expectedRunId", run_id) != run_id:
+        raise RunMismatch(
+            f"run {run_id} is at hand, {request['expectedRunId']} was expected", details={"runId": run_id}
+        )
+    if request.get("expectedIteration", iteration) != iteration:
+        raise IterationMismatch(
+            f"iteration {iteration} is at hand, {request['expectedIteration']} was expected",
+            details={"iteration": iteration},
+        )
+    digest = snapshot["artifacts"]["approval"]["sha256"]
+    if request.get("expectedApprovalDigest", digest) != digest:
+        raise ApprovalChanged(
+            "the approval request is not the one that was shown; look at it again", details={"approvalDigest": digest}
+        )
+    if request["intent"] != "cancel":
+        status = member(approval, "status")
+        if status not in ("pending", _DECISION[request["intent"]]):
+            raise ApprovalNotPending(
+                f"loop {request['loopId']} has no pending approval request (approval status: {status})",
+                details={"approvalStatus": status},
+            )
+
+
+def is_so_already(request: ControlRequest, snapshot: SnapshotEnvelope) -> bool:
+    """Whether what is asked for is there without running anything."""
+    runtime = snapshot["runtime"]
+    if request["intent"] == "cancel":
+        running = pid_is_alive(member(runtime["activeRun"], "pid"))
+        return not running and member(runtime["superloopState"], "active") is not True
+    return bool(member(runtime["approval"], "status") == _DECISION[request["intent"]])
+
+
+def _check_active(request: ControlRequest, snapshot: SnapshotEnvelope) -> None:
+    runtime = snapshot["runtime"]
+    state, run = runtime["superloopState"], runtime["activeRun"]
+    active = {member(run, "loop_id"), member(state, "current_loop_id") if member(state, "active") is True else None}
+    others = sorted(str(loop) for loop in active - {None, request["loopId"]})
+    if others:
+        raise LoopNotActive(
+            f"loop {others[0]} is the active one: a cancel would stop it, not {request['loopId']}",
+            details={"activeLoopId": others[0]},
+        )

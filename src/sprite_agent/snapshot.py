@@ -1,0 +1,160 @@
+"""Builds the snapshot of one loop from its artifacts. It fails closed: what the schema refuses is not a snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sprite_agent.artifacts import ACTIVE_RUN, STATE
+from sprite_agent.contract import clock, json_text
+from sprite_agent.contract.json_text import member
+from sprite_agent.contract.validation import validate
+from sprite_agent.errors import ArtifactMalformed, ContractError, EventMalformed
+from sprite_agent.events import SEQUENCE_SOURCE, absent_if_empty, whole_number
+from sprite_agent.lifecycle import event_name, run_status
+
+if TYPE_CHECKING:
+    from sprite_agent.artifacts import ArtifactFiles, Document, LoopPaths
+    from sprite_agent.contract.envelopes import SnapshotEnvelope
+    from sprite_agent.contract.json_text import OpenObject
+    from sprite_agent.event_log import LogView
+
+_decode_entries = json_text.member_decoder("entries").decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopArtifacts:
+    """Everything a snapshot is built from, as it was read."""
+
+    log: LogView
+    run_summary: Document
+    state: Document
+    active_run: Document
+    approval: Document
+    heartbeat: Document
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopReading:
+    """A snapshot, and what it was made from that it does not say."""
+
+    snapshot: SnapshotEnvelope
+    resume_token: str
+    """The position in the log that the snapshot is consistent with."""
+    last_event: dict[str, Any] | None
+    """The last record of the log."""
+
+
+def read_artifacts(files: ArtifactFiles, paths: LoopPaths, log: LogView) -> LoopArtifacts:
+    """Reads the documents beside the log.
+
+    Raises:
+        ArtifactMalformed, ArtifactNotRegular
+    """
+    return LoopArtifacts(
+        log=log,
+        run_summary=files.read_document(paths.run_summary),
+        state=files.read_document(STATE),
+        active_run=files.read_document(ACTIVE_RUN),
+        approval=files.read_document(paths.approval),
+        heartbeat=files.read_document(paths.heartbeat),
+    )
+
+
+def build_snapshot(
+    found: LoopArtifacts, *, repo: str, loop_id: str, trace_id: str | None = None, run_id: str | None = None
+) -> LoopReading:
+    """The snapshot envelope, and what goes with it.
+
+    Args:
+        found: the artifacts.
+        repo: absolute path of the repo.
+        loop_id: the loop.
+        trace_id: passed on.
+        run_id: overrides the run's id.
+
+    Raises:
+        EventMalformed: the last complete record of the log is no JSON object.
+        ArtifactMalformed: an artifact's content leads to what the schema refuses.
+    """
+    event = _last_event(found.log)
+    summary = _latest_entry(found.run_summary)
+    state, approval = found.state.value, found.approval.value
+    lines = found.log.lines
+    envelope: SnapshotEnvelope = {
+        "schemaVersion": "v1",
+        "envelopeType": "loop_run_snapshot",
+        "emittedAt": clock.now(),
+        "traceId": trace_id,
+        "source": {"repoPath": repo, "loopId": loop_id},
+        "sequence": {"source": SEQUENCE_SOURCE, "value": lines},
+        "run": {
+            "runId": run_id or member(summary, "run_id") or member(event, "run_id") or "unknown",
+            "iteration": whole_number(_first_iteration(summary, event, state)),
+            "status": run_status(loop_id, approval=approval, summary=summary, state=state, last_event=event),
+            "summary": summary,
+        },
+        "runtime": {
+            "superloopState": state,
+            "activeRun": found.active_run.value,
+            "approval": approval,
+            "heartbeat": found.heartbeat.value,
+        },
+        "artifacts": {
+            "events": found.log.ref,
+            "runSummary": found.run_summary.ref,
+            "state": found.state.ref,
+            "activeRun": found.active_run.ref,
+            "approval": found.approval.ref,
+            "heartbeat": found.heartbeat.ref,
+        },
+        "cursor": {"eventLineOffset": lines, "eventLineCount": lines},
+        "health": {
+            "eventCount": lines,
+            "lastEventAt": absent_if_empty(member(event, "timestamp")),
+            "lastEventName": absent_if_empty(event_name(event)),
+            "lastSummaryAt": absent_if_empty(
+                member(found.run_summary.value, "updated_at") or member(summary, "ended_at")
+            ),
+            "hasPendingApproval": member(approval, "status") == "pending",
+            "gates": member(summary, "gates"),
+            "stuck": member(summary, "stuck"),
+        },
+    }
+    try:
+        validate("loop_run_snapshot", envelope)
+    except ContractError as error:
+        raise ArtifactMalformed(
+            f"the artifacts of loop {loop_id} do not make a valid snapshot: {error}", details={"path": error.path}
+        ) from error
+    return LoopReading(snapshot=envelope, resume_token=str(found.log.token), last_event=event)
+
+
+def _last_event(log: LogView) -> dict[str, Any] | None:
+    record = log.last_record
+    if record is None:
+        return None
+    if record.value is None:
+        raise EventMalformed(
+            f"line {record.first_line} of the event log is malformed: {record.fault}",
+            details={"line": record.first_line, "lastLine": record.last_line},
+        )
+    return record.value
+
+
+def _latest_entry(document: Document) -> OpenObject | None:
+    if document.value is None or document.value.get("entries") is None:
+        return None
+    path = document.ref["path"]
+    try:
+        entries = _decode_list(_decode_entries(document.value.text).entries)
+        return json_text.parse_object(bytes(entries[-1])) if entries else None
+    except (msgspec.DecodeError, ContractError) as error:
+        raise ArtifactMalformed(f"{path}: entries is no list of objects ({error})", details={"path": path}) from error
+
+
+def _first_iteration(*candidates: dict[str, Any] | None) -> Any:
+    return next((found["iteration"] for found in candidates if found and found.get("iteration") is not None), 0)
