@@ -1,0 +1,165 @@
+"""The agent's server: one grpc.aio server for one repo, from its lock to its drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sprite_agent.auth import TokenCheck
+from sprite_agent.control import MAX_CONTROLS
+from sprite_agent.errors import OpsError
+from sprite_agent.repo import Repo
+from sprite_agent.service import MAX_REQUEST_BYTES, MAX_STREAM_AGE, Identity, SpriteAgentService
+from sprite_agent.v1 import service_pb2, service_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sprite_agent.config import ServeConfig
+
+SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["SpriteAgentService"].full_name
+THREADS = 2 * MAX_CONTROLS
+"""For the plain handlers. Controls, which may wait long, never take more than half."""
+DRAIN_GRACE = 45.0
+"""Seconds: a command's time limit, and time to record its outcome."""
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", 4 * 1024 * 1024),
+    ("grpc.max_concurrent_streams", 64),  # per connection
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # what takes effect: keepalive_timeout_ms alone leaves 60 s
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 60_000),
+    ("grpc.so_reuseport", 0),  # two agents must not share a port
+)
+
+_log = structlog.get_logger("sprite_agent.server")
+
+
+class ServeError(Exception):
+    """The agent can't serve; the message says why and what to do."""
+
+
+async def serve(config: ServeConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once.
+
+    Raises:
+        ServeError: it could not start.
+    """
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    async with running(config, stop_now=stop_now) as address:
+        _log.info("serving", address=address, repo=str(config.repo), token=config.token is not None)
+        if config.token is None:
+            _log.warning(
+                "no token: everyone who reaches the address may read and control; "
+                "set OPS_MANAGER_SERVICE_TOKEN or give --token-file",
+                address=address,
+            )
+        await stop.wait()
+        _log.info("draining")
+    _log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def running(config: ServeConfig, *, stop_now: asyncio.Event | None = None) -> AsyncIterator[str]:
+    """A server that runs inside the block, and drains at its end. Gives the address it listens on.
+
+    Raises:
+        ServeError: it could not start.
+    """
+    try:
+        repo = Repo(
+            config.repo,
+            state_folder=config.state_folder,
+            runtime=config.runtime,
+            max_stream_age=MAX_STREAM_AGE,
+        )
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(repo.folder.agent_lock())
+        except BlockingIOError as error:
+            raise ServeError(f"another agent serves this repo already (lock in {repo.folder.path})") from error
+        except OpsError as error:
+            raise ServeError(str(error)) from error
+        stack.callback(repo.close)
+        await _recover(repo)
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"))
+        server = grpc.aio.server(
+            migration_thread_pool=pool,
+            interceptors=[TokenCheck(config.token)] if config.token is not None else [],
+            options=OPTIONS,
+        )
+        identity = Identity(instance_id=uuid.uuid4().hex, sprite_id=config.sprite_id)
+        service = SpriteAgentService(repo, identity)
+        service_pb2_grpc.add_SpriteAgentServiceServicer_to_server(service, server)
+        healths = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        address = _bind(server, config.listen)
+        await server.start()
+        await healths.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        try:
+            yield address
+        finally:
+            await healths.enter_graceful_shutdown()
+            service.drain()
+            await _stop(server, stop_now or asyncio.Event())
+
+
+async def _recover(repo: Repo) -> None:
+    """Reads must be served even where control can't be: a bad journal is reported by each control call."""
+    if not repo.folder.journal.exists():
+        return
+    try:
+        await asyncio.to_thread(repo.recover)
+    except OpsError as error:
+        _log.error("journal", reason=error.reason, message=str(error))
+
+
+async def _stop(server: grpc.aio.Server, stop_now: asyncio.Event) -> None:
+    drained = asyncio.ensure_future(server.stop(DRAIN_GRACE))
+    hurried = asyncio.ensure_future(stop_now.wait())
+    await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not drained.done():
+        _log.warning("second signal: stopping now; the journal keeps what was begun")
+        await server.stop(0)
+    await drained
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> str:
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ServeError(f"can't listen on {listen}: {error}") from error
+    if listen.startswith("unix:"):
+        path = Path(listen.removeprefix("unix:"))
+        os.chmod(path, 0o600)  # noqa: PTH101  # beside Path.chmod it follows nothing more
+        return listen
+    return f"{listen.rpartition(':')[0]}:{port}"

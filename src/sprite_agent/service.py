@@ -1,0 +1,296 @@
+"""The servicer: unpack, call, pack. It knows gRPC and the mirror, and thinks nothing itself."""
+
+from __future__ import annotations
+
+import functools
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from sprite_agent import __version__
+from sprite_agent.contract import clock, mirror
+from sprite_agent.contract.error_details import (
+    ERROR_ID_TRAILER,
+    EXECUTED_TRAILER,
+    SERVER_TIME_TRAILER,
+    STATUS_TRAILER,
+    TRACE_ID_TRAILER,
+    internal_error,
+    to_status,
+)
+from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS
+from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
+from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, OpsError, RequestInvalid, UnknownFields
+from sprite_agent.event_stream import MAX_BATCH_EVENTS
+from sprite_agent.journal import RETENTION_SECONDS
+from sprite_agent.records import MAX_RECORD_BYTES
+from sprite_agent.v1 import service_pb2 as pb
+from sprite_agent.v1 import service_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from google.protobuf.message import Message
+
+    from sprite_agent.contract.streaming import EventBatch
+    from sprite_agent.repo import Repo
+
+API_REVISION = 1
+MAX_REQUEST_BYTES = 64 * 1024
+MAX_STREAM_AGE = 3600.0
+"""Seconds."""
+
+_R = TypeVar("_R", bound="Message")
+_log = structlog.get_logger("sprite_agent.service")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Who this agent is."""
+
+    instance_id: str
+    """Random per start."""
+    sprite_id: str | None
+
+
+def answered(response: Callable[[], _R]) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
+    """Makes a unary handler answer by the rules: errors as statuses, trailers on every answer, one log line.
+
+    Statuses are set, not aborted with: that works on the aio server and in grpcio-testing alike.
+    """
+
+    def decorate(handler: Callable[..., _R]) -> Callable[..., _R]:
+        @functools.wraps(handler)
+        def call(self: SpriteAgentService, request: Any, context: grpc.ServicerContext) -> _R:
+            answer = _Answer(handler.__name__, request)
+            try:
+                result = handler(self, request, context)
+            except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
+                answer.fail(error, context)
+                return response()
+            answer.succeed(context, executed=_ran_now(result))
+            return result
+
+        return call
+
+    return decorate
+
+
+class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
+    """Serves one repo. The unary methods are plain: the server runs them in its thread pool."""
+
+    def __init__(self, repo: Repo, identity: Identity) -> None:
+        self._repo = repo
+        self._identity = identity
+        self._draining = False
+
+    def drain(self) -> None:
+        """Ends the streams, and refuses new streams and control from now on."""
+        self._draining = True
+        self._repo.end_streams()
+
+    @answered(pb.GetInfoResponse)
+    def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:  # noqa: ARG002
+        """See the proto."""
+        limits = pb.Limits(
+            max_request_bytes=MAX_REQUEST_BYTES,
+            max_record_bytes=MAX_RECORD_BYTES,
+            max_batch_events=MAX_BATCH_EVENTS,
+            max_note_characters=MAX_NOTE_CHARACTERS,
+        )
+        limits.max_control_deadline.FromSeconds(int(MAX_CONTROL_DEADLINE))
+        limits.max_stream_age.FromSeconds(int(MAX_STREAM_AGE))
+        limits.idempotency_retention.FromSeconds(RETENTION_SECONDS)
+        return pb.GetInfoResponse(
+            agent_version=__version__,
+            api_revision=API_REVISION,
+            instance_id=self._identity.instance_id,
+            sprite_id=self._identity.sprite_id,
+            repo_path=str(self._repo.path),
+            loops=self._repo.loops(),
+            limits=limits,
+            server_time=clock.now(),
+        )
+
+    @answered(pb.GetSnapshotResponse)
+    def GetSnapshot(
+        self,
+        request: pb.GetSnapshotRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.GetSnapshotResponse:
+        """See the proto."""
+        reading = self._repo.read_loop(
+            request.loop_id, trace_id=_optional(request, "trace_id"), run_id=_optional(request, "run_id")
+        )
+        return pb.GetSnapshotResponse(
+            snapshot=mirror.snapshot_to_message(reading.snapshot), resume_token=reading.resume_token
+        )
+
+    async def StreamEvents(
+        self, request: pb.StreamEventsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.StreamEventsResponse]:
+        """See the proto."""
+        answer = _Answer("StreamEvents", request)
+        # At once: a peer that waits for the connection must not wait for the first event.
+        await context.send_initial_metadata(())
+        try:
+            self._refuse_while_draining()
+            async for batch in self._repo.stream_events(_query(request)):
+                yield _batch_to_message(batch)
+        except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
+            answer.fail(error, context)
+        else:
+            answer.succeed(context)
+
+    @answered(pb.ExecuteControlResponse)
+    def ExecuteControl(
+        self, request: pb.ExecuteControlRequest, context: grpc.ServicerContext
+    ) -> pb.ExecuteControlResponse:
+        """See the proto."""
+        self._refuse_while_draining()
+        remaining = context.time_remaining()
+        if not remaining or remaining > MAX_CONTROL_DEADLINE:
+            raise DeadlineInvalid(f"a control needs a deadline of at most {MAX_CONTROL_DEADLINE:.0f} s")
+        _refuse_unknown_fields(request)
+        try:
+            document = mirror.request_from_message(request)
+        except ContractError as error:
+            raise RequestInvalid(str(error), violations=[(error.path, error.message)]) from error
+        result = self._repo.execute(document, deadline=time.monotonic() + remaining)
+        return pb.ExecuteControlResponse(result=mirror.result_to_message(result))
+
+    @answered(pb.GetControlResponse)
+    def GetControl(
+        self,
+        request: pb.GetControlRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.GetControlResponse:
+        """See the proto."""
+        result = self._repo.get_control(request.loop_id, request.idempotency_key)
+        return pb.GetControlResponse(result=mirror.result_to_message(result))
+
+    def _refuse_while_draining(self) -> None:
+        if self._draining:
+            raise Draining("the agent is about to stop; try again in a few seconds", retry_after=2.0)
+
+
+class _Answer:
+    """One call's answer: its status, trailers and log line."""
+
+    def __init__(self, method: str, request: Any) -> None:
+        self._method = method
+        self._trace_id: str | None = getattr(request, "trace_id", None) or None
+        self._started = time.monotonic()
+
+    def succeed(self, context: Any, *, executed: bool = False) -> None:
+        self._trailers(context, executed=executed)
+        _log.info("call", code="OK", **self._facts(context))
+
+    def fail(self, error: Exception, context: Any) -> None:
+        error_id = uuid.uuid4().hex[:12]
+        if isinstance(error, OpsError):
+            refusal = error
+            _log.info("call", code=error.status, reason=error.reason, error_id=error_id, **self._facts(context))
+        else:
+            refusal = internal_error(error_id)
+            _log.error("call", code="INTERNAL", error_id=error_id, exc_info=error, **self._facts(context))
+        status = to_status(refusal)
+        context.set_code(grpc.StatusCode[refusal.status])
+        context.set_details(status.message)
+        self._trailers(
+            context,
+            (ERROR_ID_TRAILER, error_id),
+            (STATUS_TRAILER, status.SerializeToString()),
+            executed=refusal.executed,
+        )
+
+    def _trailers(self, context: Any, *more: tuple[str, str | bytes], executed: bool | None) -> None:
+        trailers: list[tuple[str, str | bytes]] = [
+            (EXECUTED_TRAILER, "unknown" if executed is None else str(executed).lower()),
+            (SERVER_TIME_TRAILER, clock.now()),
+            *more,
+        ]
+        if self._trace_id and self._trace_id.isascii() and self._trace_id.isprintable():
+            trailers.append((TRACE_ID_TRAILER, self._trace_id))
+        context.set_trailing_metadata(tuple(trailers))
+
+    def _facts(self, context: Any) -> dict[str, Any]:
+        try:
+            peer = context.peer()
+        except NotImplementedError:  # grpcio-testing has none
+            peer = None
+        return {
+            "method": self._method,
+            "trace_id": self._trace_id,
+            "peer": peer,
+            "seconds": round(time.monotonic() - self._started, 4),
+        }
+
+
+def _query(request: pb.StreamEventsRequest) -> EventQuery:
+    interval = request.heartbeat_interval
+    return EventQuery(
+        loop_id=request.loop_id,
+        after_line=request.event_line_offset,
+        resume_token=request.resume_token if request.WhichOneof("position") == "resume_token" else None,
+        max_events=request.max_events,
+        follow=request.follow,
+        skip_malformed=request.skip_malformed,
+        heartbeat_interval=(
+            interval.seconds + interval.nanos / 1e9 if request.HasField("heartbeat_interval") else DEFAULT_HEARTBEAT
+        ),
+        trace_id=_optional(request, "trace_id"),
+    )
+
+
+def _batch_to_message(batch: EventBatch) -> pb.StreamEventsResponse:
+    message = pb.StreamEventsResponse(
+        resume_token=batch.resume_token,
+        caught_up=batch.caught_up,
+        emitted_at=batch.emitted_at,
+        skipped=[
+            pb.SkippedRecord(
+                first_line=record.first_line,
+                last_line=record.last_line,
+                reason=record.reason,
+                excerpt=record.excerpt,
+                size_bytes=record.size_bytes,
+                sha256=record.sha256,
+            )
+            for record in batch.skipped
+        ],
+    )
+    message.cursor.event_line_offset = batch.cursor["eventLineOffset"]
+    message.cursor.event_line_count = batch.cursor["eventLineCount"]
+    for event in batch.events:
+        mirror.event_to_message(event, message.events.add())
+    return message
+
+
+def _refuse_unknown_fields(request: pb.ExecuteControlRequest) -> None:
+    """A field this agent does not know may be a condition that it would not honour."""
+    for name, message in (
+        ("", request),
+        ("confirmation", request.confirmation),
+        ("provenance", request.provenance),
+    ):
+        unknown = UnknownFieldSet(message)
+        if len(unknown):
+            raise UnknownFields(
+                f"the request has fields this agent (API revision {API_REVISION}) does not know",
+                violations=[(name, f"field number {unknown[0].field_number} is unknown")],
+            )
+
+
+def _optional(message: Any, field: str) -> str | None:
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _ran_now(response: Message) -> bool:
+    """Whether this call, and not an earlier one, ran a command."""
+    return isinstance(response, pb.ExecuteControlResponse) and response.result.executed and not response.result.replayed
