@@ -1,0 +1,32 @@
+"""The command line of opsmgr."""
+
+from __future__ import annotations
+
+import click
+
+from opsmgr import __version__
+from opsmgr.cli import act, observe, reconcile
+from opsmgr.cli.output import EXIT_USAGE
+
+click.UsageError.exit_code = EXIT_USAGE
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="opsmgr")
+def main() -> None:
+    """Sees, follows and controls Superloop runs, here or in a Sprite.
+
+    Exit codes: 0 done, 1 failed or refused, 2 ambiguous (control, confirm), 3 no answer, 64 called wrongly.
+    """
+
+
+for command in (
+    observe.snapshot,
+    observe.events,
+    observe.watch,
+    reconcile.project,
+    reconcile.reconcile,
+    act.control,
+    act.confirm,
+):
+    main.add_command(command)

@@ -1,0 +1,168 @@
+"""Commands that act, or look for the effect of having acted: control, confirm."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from opsmgr.cli.output import EXIT_AMBIGUOUS, for_people, note, print_json, reported
+from opsmgr.cli.target import target_options
+
+if TYPE_CHECKING:
+    from opsmgr.cli.target import Target
+    from sprite_agent.contract.envelopes import ControlResult
+
+_INTENT = click.option("--intent", type=click.Choice(["cancel", "approve", "reject"]), required=True)
+_EFFECT = click.option(
+    "--confirm",
+    "required",
+    type=click.Choice(["completion", "decision"]),
+    default="completion",
+    show_default=True,
+    help="The effect that counts as confirmed. An approve completes only when the run is started again.",
+)
+_REQUIRED = {"completion": "completed", "decision": "decision_recorded"}
+
+
+@click.command()
+@target_options
+@_INTENT
+@click.option("--by", help="Who asks. [default: the user's name]")
+@click.option("--note", "why", help="Why.")
+@click.option("--idempotency-key", help="Asking again with the same key runs nothing twice. [default: a new one]")
+@click.option(
+    "--timeout-seconds",
+    type=click.FloatRange(0, 120),
+    default=30.0,
+    show_default=True,
+    help="How long to look for the effect.",
+)
+@click.option("--no-confirm", is_flag=True, help="Do not look for the effect.")
+@_EFFECT
+@click.option("--expected-run-id", help="Refuse unless this is the run at hand.")
+@click.option("--expected-iteration", type=click.IntRange(min=0), help="Refuse unless this is the iteration at hand.")
+@click.option("--expected-approval-digest", metavar="SHA256", help="Refuse unless approval.json is this one.")
+@click.option("--trace-id", help="Correlates logs on both sides.")
+@click.option("--pretty", is_flag=True, help="Indented JSON.")
+@click.option("--json", is_flag=True, help="JSON, also on a terminal and for errors.")
+def control(
+    *,
+    target: Target,
+    intent: Any,
+    by: str | None,
+    why: str | None,
+    idempotency_key: str | None,
+    timeout_seconds: float,
+    no_confirm: bool,
+    required: str,
+    expected_run_id: str | None,
+    expected_iteration: int | None,
+    expected_approval_digest: str | None,
+    trace_id: str | None,
+    pretty: bool,
+    json: bool,
+) -> None:
+    """Cancels, approves or rejects, exactly once; looks for the effect; records it in intents.jsonl.
+
+    Exits with 0 when confirmed (or run, with --no-confirm), 2 when the effect was not seen in time, 1 when it failed or
+    was refused, 3 when no answer came: then ask again with the same --idempotency-key.
+    """
+    from opsmgr.control import exit_code, new_key, send
+
+    key = idempotency_key or new_key(intent)
+    given = {
+        "note": why,
+        "traceId": trace_id,
+        "expectedRunId": expected_run_id,
+        "expectedIteration": expected_iteration,
+        "expectedApprovalDigest": expected_approval_digest,
+    }
+    confirmation = {"mode": "wait", "timeoutSeconds": timeout_seconds, "requiredEffect": _REQUIRED[required]}
+    request: Any = {
+        "loopId": target.loop,
+        "intent": intent,
+        "requestedBy": by or getpass.getuser(),
+        "idempotencyKey": key,
+        "confirmation": {"mode": "skip"} if no_confirm else confirmation,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+
+    async def run() -> ControlResult:
+        from opsmgr.errors import NoAnswer
+
+        async with target.connected() as transport:
+            try:
+                return await send(transport, target.store(), request)
+            except NoAnswer:
+                note(f"the outcome is unknown; find out with --idempotency-key {key}")
+                raise
+
+    with reported(json=json, trace_id=trace_id):
+        result = asyncio.run(run())
+        if for_people(json=json):
+            click.echo(_sentence(result))
+        else:
+            print_json(result, pretty=pretty)
+        sys.exit(exit_code(result))
+
+
+@click.command()
+@target_options
+@_INTENT
+@_EFFECT
+@click.option(
+    "--timeout-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="How long to look."
+)
+@click.option(
+    "--interval-seconds", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Between two looks."
+)
+@click.option("--trace-id", help="Passed on into logs.")
+@click.option("--pretty", is_flag=True, help="Indented JSON.")
+@click.option("--json", is_flag=True, help="JSON, also on a terminal and for errors.")
+def confirm(
+    *,
+    target: Target,
+    intent: Any,
+    required: str,
+    timeout_seconds: float,
+    interval_seconds: float,
+    trace_id: str | None,
+    pretty: bool,
+    json: bool,
+) -> None:
+    """Looks whether an intent's effect shows; runs nothing. Exits with 0 when it does, 2 when it does not in time."""
+
+    async def run() -> Any:
+        from opsmgr.confirm import confirm
+
+        async with target.connected() as transport:
+            return await confirm(
+                transport,
+                target.loop,
+                intent,
+                timeout=timeout_seconds,
+                interval=interval_seconds,
+                required=_REQUIRED[required],  # type: ignore[arg-type]  # two of the three effects
+                trace_id=trace_id,
+            )
+
+    with reported(json=json, trace_id=trace_id):
+        record = asyncio.run(run())
+        if for_people(json=json):
+            verdict = "confirmed" if record["confirmed"] else "not confirmed"
+            click.echo(f"{intent} {verdict}: {record['reason']} (status {record['observedStatus']})")
+        else:
+            print_json(record, pretty=pretty)
+        sys.exit(0 if record["confirmed"] else EXIT_AMBIGUOUS)
+
+
+def _sentence(result: ControlResult) -> str:
+    replayed = " (recorded earlier)" if result["replayed"] else ""
+    detail = f": {result['detail']}" if result["detail"] else ""
+    return (
+        f"{result['intent']} {result['status']}, {result['reason']}{detail}{replayed}  key {result['idempotencyKey']}"
+    )

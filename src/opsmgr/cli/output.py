@@ -1,0 +1,90 @@
+"""What a command prints, and with which code it ends. It imports nothing that is slow to import."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sprite_agent.errors import OpsError
+
+EXIT_FAILED = 1
+EXIT_AMBIGUOUS = 2
+EXIT_NO_ANSWER = 3
+EXIT_USAGE = 64
+
+
+def print_json(document: Any, *, pretty: bool = False) -> None:
+    """One document on one line of stdout, or indented."""
+    from sprite_agent.contract import json_text
+
+    text = json_text.encode(document)
+    click.echo((json_text.indented(text) if pretty else text).decode())
+
+
+def note(message: str) -> None:
+    """One line on stderr, for people."""
+    click.echo(f"opsmgr: {message}", err=True)
+
+
+def for_people(*, json: bool) -> bool:
+    """Whether to print text: on a terminal, unless JSON was asked for."""
+    return not json and sys.stdout.isatty()
+
+
+@contextlib.contextmanager
+def reported(*, json: bool, trace_id: str | None = None) -> Iterator[None]:
+    """Ends the command with a message and a code when something in the block fails."""
+    from opsmgr.errors import NoAnswer
+    from sprite_agent.errors import OpsError
+
+    try:
+        yield
+    except OpsError as error:
+        if json:
+            print_json(error_document(error, trace_id))
+        else:
+            note(f"{error.message} [{error.reason}]")
+        sys.exit(EXIT_NO_ANSWER if isinstance(error, NoAnswer) else EXIT_FAILED)
+    except BrokenPipeError:
+        # Whoever read has heard enough; nothing more can be told to them.
+        sys.stderr.close()
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def error_document(error: OpsError, trace_id: str | None, attempts: int = 1) -> dict[str, Any]:
+    """The error envelope, as schema/error.schema.json says."""
+    return {
+        "ok": False,
+        "error": {
+            "code": error.reason.lower(),
+            "reason": error.reason,
+            "status": error.status,
+            "message": error.message,
+            "phase": _phase(error),
+            "retryable": error.retryable,
+            "retryAfterMs": None if error.retry_after is None else round(error.retry_after * 1000),
+            "executed": error.executed,
+            "attempts": attempts,
+            "errorId": error.error_id,
+            "traceId": trace_id,
+            "details": {**error.details, **({"violations": dict(error.violations)} if error.violations else {})},
+        },
+    }
+
+
+def _phase(error: OpsError) -> str:
+    if error.status == "UNAUTHENTICATED":
+        return "auth"
+    if error.reason == "CONTRACT_VIOLATION":
+        return "decode"
+    if error.details.get("grpcStatus") == "UNAVAILABLE":
+        return "connect"
+    return "execute"

@@ -1,0 +1,101 @@
+"""Commands that keep the manager's view of a loop: project, reconcile."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from opsmgr.cli.output import for_people, print_json, reported
+from opsmgr.cli.target import target_options
+
+if TYPE_CHECKING:
+    from opsmgr.cli.target import Target
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--repo", type=_FILE, help="The repo; where --state-file is in it unless given.")
+@click.option("--loop", required=True, help="The loop's id.")
+@click.option("--snapshot-file", type=_FILE, required=True, help="A snapshot envelope.")
+@click.option(
+    "--events-file", type=_FILE, required=True, help="The event envelopes of one poll, one a line; may be empty."
+)
+@click.option(
+    "--state-file", type=_FILE, help="The previous state, replaced by the new one. [default: state.json of the loop]"
+)
+@click.option("--pretty", is_flag=True, help="Indented JSON.")
+@click.option("--json", is_flag=True, help="JSON for errors too.")
+def project(
+    *,
+    repo: Path | None,
+    loop: str,
+    snapshot_file: Path,
+    events_file: Path,
+    state_file: Path | None,
+    pretty: bool,
+    json: bool,
+) -> None:
+    """Projects a snapshot and events into the manager's state; prints and saves it."""
+    if state_file is None and repo is None:
+        raise click.UsageError("give --state-file, or --repo for the one in it")
+    with reported(json=json):
+        from opsmgr import projection, store
+
+        target = state_file or store.default_folder(repo or Path(), loop) / "state.json"
+        snapshot: Any = store.load_document(snapshot_file)
+        events: Any = store.load_lines(events_file)
+        state = projection.project(loop, snapshot, events, store.load(target))
+        state["evidence"] |= {"snapshotFile": str(snapshot_file), "eventsFile": str(events_file)}
+        store.save(target, state)
+        print_json(state, pretty=pretty)
+
+
+@click.command()
+@target_options
+@click.option("--from-start", is_flag=True, help="Replay from the first line, whatever the cursor says.")
+@click.option("--max-events", type=click.IntRange(min=0), default=0, help="Handle no more events; 0: all.")
+@click.option("--trace-id", help="Passed on into envelopes, files and logs.")
+@click.option("--run-id", help="Overrides the run id in the snapshot.")
+@click.option("--pretty", is_flag=True, help="Indented JSON.")
+@click.option("--json", is_flag=True, help="JSON, also on a terminal and for errors.")
+def reconcile(
+    *,
+    target: Target,
+    from_start: bool,
+    max_events: int,
+    trace_id: str | None,
+    run_id: str | None,
+    pretty: bool,
+    json: bool,
+) -> None:
+    """Brings the manager's files of the loop up to date: state, cursor, health, escalations, telemetry."""
+
+    async def run() -> dict[str, Any]:
+        from opsmgr.reconcile import ReconcileOptions, reconcile
+
+        options = ReconcileOptions(
+            loop_id=target.loop, trace_id=trace_id, run_id=run_id, from_start=from_start, max_events=max_events
+        )
+        async with target.connected() as transport:
+            return await reconcile(transport, target.store(), options)
+
+    with reported(json=json, trace_id=trace_id):
+        state = asyncio.run(run())
+        if for_people(json=json):
+            click.echo(_summary(state))
+        else:
+            print_json(state, pretty=pretty)
+
+
+def _summary(state: dict[str, Any]) -> str:
+    transition, health = state["transition"], state["health"]
+    reasons = f" ({', '.join(health['reasonCodes'])})" if health["reasonCodes"] else ""
+    return (
+        f"{state['source']['loopId']}: {transition['previousState']} -> {transition['currentState']}"
+        f" on {transition['triggeringSignal']}, confidence {transition['confidence']};"
+        f" line {state['cursor']['eventLineOffset']}; health {health['status']}{reasons}"
+    )

@@ -1,0 +1,138 @@
+"""The options that say which loop, and how to reach it; shared by the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from opsmgr.store import LoopStore
+    from opsmgr.transport.base import Transport
+
+TOKEN_VARIABLE = "OPS_MANAGER_SERVICE_TOKEN"  # noqa: S105  # the name of a variable
+RUNTIME_VARIABLE = "SUPERLOOP_BIN"
+
+
+_PATH = click.Path(path_type=Path)
+_OPTIONS = (
+    click.option("--loop", required=True, help="The loop's id."),
+    click.option("--repo", type=_PATH, help="The repo; its .superloop/ops-manager holds the manager's files."),
+    click.option(
+        "--transport",
+        type=click.Choice(["local", "sprite_service"]),
+        default="local",
+        show_default=True,
+        help="The repo on this machine, or an agent.",
+    ),
+    click.option("--service-target", metavar="HOST:PORT|unix:PATH", help="Address of the agent."),
+    click.option(
+        "--service-token-file",
+        type=_PATH,
+        help=f"File with the agent's bearer token, mode 600. [default: ${TOKEN_VARIABLE}]",
+    ),
+    click.option("--state-dir", type=_PATH, help="Journal folder for local control. [default: as the agent's]"),
+    click.option(
+        "--superloop-bin",
+        metavar="PATH",
+        help=f"The runtime's command for local control. [default: ${RUNTIME_VARIABLE}]",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One loop, and how to reach it."""
+
+    loop: str
+    repo: Path | None
+    transport: str
+    service_target: str | None
+    service_token_file: Path | None
+    state_dir: Path | None
+    superloop_bin: str | None
+
+    def store(self) -> LoopStore:
+        """The manager's files of the loop: in the repo that was given, else in the user's state folder."""
+        from opsmgr.store import LoopStore, default_folder
+        from sprite_agent.errors import LoopIdInvalid
+
+        if not is_plain_component(self.loop):
+            raise LoopIdInvalid(f"loop id {self.loop!r} is not a plain name")
+        if self.repo is not None:
+            return LoopStore(default_folder(self.repo.resolve(), self.loop))
+        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        name = "".join(char if char.isalnum() or char in ".-" else "_" for char in self.service_target or "")
+        return LoopStore(base / "opsmgr" / name / self.loop)
+
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[Transport]:
+        """The transport to the loop, closed at the end."""
+        transport = self._transport()
+        try:
+            yield transport
+        finally:
+            await transport.close()
+
+    def _transport(self) -> Transport:
+        if self.transport == "sprite_service":
+            from opsmgr.transport.sprite_service import SpriteServiceTransport
+
+            if self.service_target is None:
+                raise click.UsageError("--transport sprite_service needs --service-target HOST:PORT or unix:PATH")
+            _check_target(self.service_target)
+            return SpriteServiceTransport(self.service_target, token=_token(self.service_token_file))
+        from opsmgr.transport.local import LocalTransport
+
+        if self.repo is None:
+            raise click.UsageError("--transport local needs --repo PATH")
+        runtime = self.superloop_bin or os.environ.get(RUNTIME_VARIABLE) or None
+        return LocalTransport(self.repo, runtime=runtime, state_folder=self.state_dir)
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options, and passes them on as one `target`."""
+
+    @functools.wraps(command)
+    def with_target(**options: Any) -> Any:
+        fields = {name: options.pop(name) for name in Target.__dataclass_fields__}
+        return command(target=Target(**fields), **options)
+
+    for option in reversed(_OPTIONS):
+        with_target = option(with_target)
+    return with_target
+
+
+def is_plain_component(name: str) -> bool:
+    """Whether a loop id can be the name of a folder, and of no other."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def _check_target(address: str) -> None:
+    from sprite_agent.contract.addresses import is_local
+
+    try:
+        local = is_local(address)
+    except ValueError as error:
+        raise click.UsageError(f"--service-target: {error}") from error
+    if not local:
+        raise click.UsageError(
+            f"--service-target {address} is not on this machine: that needs TLS, which this version has not; "
+            "reach the agent through a tunnel to loopback or a Unix socket"
+        )
+
+
+def _token(path: Path | None) -> str | None:
+    from sprite_agent.contract.secrets import read_token
+
+    try:
+        return read_token(path, TOKEN_VARIABLE)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error

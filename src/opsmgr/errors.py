@@ -1,0 +1,44 @@
+"""What can go wrong on the manager's side, beside what the agent refuses (sprite_agent.errors).
+
+OpsError
+├── NoAnswer            it is not known what became of the request: reads may be retried, a control is asked for again
+│                       with the same key
+├── TransportRefused    something before the agent refused, for good
+├── Refused
+│   ├── InputInvalid    a file or value that was given to the manager
+│   └── LoopLocked      another manager works on the loop
+"""
+
+from __future__ import annotations
+
+from sprite_agent.errors import OpsError, Refused
+
+
+class NoAnswer(OpsError):
+    """No answer came, or none that the agent made. What became of the request is unknown."""
+
+    status = "UNAVAILABLE"
+    reason = "NO_ANSWER"
+    retryable = True
+    executed = None
+
+
+class TransportRefused(Refused):
+    """Something on the way, or no agent at all, refused the call: another try will not do better."""
+
+    status = "UNIMPLEMENTED"
+    reason = "TRANSPORT_REFUSED"
+
+
+class InputInvalid(Refused):
+    """A file or value given to the manager is not what it should be."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "INPUT_INVALID"
+
+
+class LoopLocked(Refused):
+    """Another manager works on the loop's files."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "LOOP_LOCKED"

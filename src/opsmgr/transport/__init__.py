@@ -1,0 +1,1 @@
+"""How a loop is reached: one interface, two transports, the same answers."""

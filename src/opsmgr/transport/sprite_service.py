@@ -1,0 +1,226 @@
+"""The sprite_service transport: an agent over gRPC. Nothing passes that the schema refuses, either way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.rpc import status_pb2
+
+from opsmgr.errors import NoAnswer, TransportRefused
+from opsmgr.transport.base import AgentInfo, Attempts, Snapshot
+from opsmgr.transport.retry import Retries, RetryPolicy, retried
+from sprite_agent.contract import error_details, mirror
+from sprite_agent.contract.requests import DEFAULT_TIMEOUT, MAX_CONTROL_DEADLINE
+from sprite_agent.contract.streaming import EventBatch, SkippedRecord
+from sprite_agent.contract.validation import validate
+from sprite_agent.errors import ContractError, InternalError
+from sprite_agent.v1 import service_pb2 as pb
+from sprite_agent.v1 import service_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from opsmgr.transport.base import TransportName
+    from sprite_agent.contract.envelopes import ControlRequest, ControlResult
+    from sprite_agent.contract.streaming import EventQuery
+    from sprite_agent.errors import OpsError
+
+READ_TIMEOUT = 15.0
+"""Seconds for one attempt at a read."""
+COMMAND_ALLOWANCE = 40.0
+"""Seconds a control may take beside its confirmation: waiting for its turn, and the command's time limit."""
+MISSED_HEARTBEATS = 3
+"""A following stream that is silent for so many intervals is dropped."""
+CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # what takes effect: keepalive_timeout_ms alone leaves 60 s
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.http2.bdp_probe", 0),  # with the next: bounded memory for many saturated streams
+    ("grpc.http2.lookahead_bytes", 262_144),
+    ("grpc.enable_retries", 0),  # retries are ours: only they know what is safe
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+_NO_ANSWER = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+}
+"""Statuses that say nothing of what the agent did, where it did not send them itself."""
+
+
+class SpriteServiceTransport:
+    """See `base.Transport`. Owns one channel; belongs to one event loop."""
+
+    name: TransportName = "sprite_service"
+
+    def __init__(self, target: str, *, token: str | None = None, policy: RetryPolicy | None = None) -> None:
+        """Connects when first used.
+
+        Args:
+            target: HOST:PORT or unix:PATH of the agent.
+            token: its bearer token.
+            policy: how often to try again.
+        """
+        self._target = target
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._policy = policy or RetryPolicy()
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._agent: service_pb2_grpc.SpriteAgentServiceAsyncStub = service_pb2_grpc.SpriteAgentServiceStub(
+            self._channel
+        )
+        self.attempts = Attempts()
+
+    async def info(self) -> AgentInfo:
+        """See `base.Transport`."""
+        answer: pb.GetInfoResponse = await self._ask(self._agent.GetInfo, pb.GetInfoRequest(), READ_TIMEOUT)
+        return AgentInfo(
+            agent_version=answer.agent_version,
+            repo_path=answer.repo_path,
+            loops=list(answer.loops),
+            sprite_id=answer.sprite_id if answer.HasField("sprite_id") else None,
+            instance_id=answer.instance_id,
+        )
+
+    async def snapshot(self, loop_id: str, *, trace_id: str | None = None, run_id: str | None = None) -> Snapshot:
+        """See `base.Transport`."""
+        request = pb.GetSnapshotRequest(loop_id=loop_id, trace_id=trace_id, run_id=run_id)
+        answer: pb.GetSnapshotResponse = await self._ask(self._agent.GetSnapshot, request, READ_TIMEOUT)
+        envelope = mirror.snapshot_from_message(answer.snapshot)
+        validate("loop_run_snapshot", envelope)
+        return Snapshot(envelope=envelope, resume_token=answer.resume_token)
+
+    async def events(self, query: EventQuery) -> AsyncIterator[EventBatch]:
+        """See `base.Transport`."""
+        call = self._agent.StreamEvents(_stream_request(query), metadata=self._metadata)
+        silence = MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT
+        try:
+            while True:
+                try:
+                    message = await asyncio.wait_for(call.read(), silence)
+                except TimeoutError as error:
+                    raise NoAnswer(
+                        f"{self._target} was silent for {silence:.0f} s", details={"target": self._target}
+                    ) from error
+                if not isinstance(message, pb.StreamEventsResponse):
+                    return  # grpc.aio.EOF
+                yield _batch_from(message)
+        except grpc.aio.AioRpcError as error:
+            raise self._translated(error) from error
+        finally:
+            call.cancel()
+
+    async def execute(self, request: ControlRequest) -> ControlResult:
+        """See `base.Transport`."""
+        message = mirror.request_to_message(request)
+        confirmation = request.get("confirmation", {})
+        waits = confirmation.get("mode") != "skip"
+        timeout = COMMAND_ALLOWANCE + (confirmation.get("timeoutSeconds", DEFAULT_TIMEOUT) if waits else 0)
+        answer: pb.ExecuteControlResponse = await self._ask(
+            self._agent.ExecuteControl, message, min(timeout, MAX_CONTROL_DEADLINE)
+        )
+        return _result_from(answer.result)
+
+    async def get_control(self, loop_id: str, key: str) -> ControlResult:
+        """See `base.Transport`."""
+        request = pb.GetControlRequest(loop_id=loop_id, idempotency_key=key)
+        answer: pb.GetControlResponse = await self._ask(self._agent.GetControl, request, READ_TIMEOUT)
+        return _result_from(answer.result)
+
+    async def close(self) -> None:
+        """See `base.Transport`."""
+        await self._channel.close()
+
+    async def _ask(self, method: Any, request: Any, timeout: float) -> Any:  # noqa: ASYNC109  # a deadline, sent along
+        """One unary call, tried again as the policy says. Safe for control: the key is in the request."""
+
+        async def once() -> Any:
+            try:
+                return await method(request, timeout=timeout, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                raise self._translated(error) from error
+
+        return await retried(once, Retries(policy=self._policy, attempts=self.attempts))
+
+    def _translated(self, error: grpc.aio.AioRpcError) -> OpsError:
+        """The error that the agent sent, or else what is known of the failure."""
+        trailers = dict(error.trailing_metadata() or ())
+        sent = trailers.get(error_details.STATUS_TRAILER)
+        if isinstance(sent, bytes):
+            with contextlib.suppress(ContractError):
+                refusal = error_details.from_status(
+                    status_pb2.Status.FromString(sent),
+                    executed=_text(trailers.get(error_details.EXECUTED_TRAILER)),
+                    error_id=_text(trailers.get(error_details.ERROR_ID_TRAILER)),
+                )
+                if isinstance(refusal, InternalError):
+                    refusal.retryable = True  # a control's key makes it safe, and a read is safe anyway
+                return refusal
+        code = error.code()
+        details = {"target": self._target, "grpcStatus": code.name}
+        if code in _NO_ANSWER:
+            return NoAnswer(f"no answer from {self._target}: {code.name}: {error.details()}", details=details)
+        return TransportRefused(f"{self._target} refused with {code.name}: {error.details()}", details=details)
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _stream_request(query: EventQuery) -> pb.StreamEventsRequest:
+    request = pb.StreamEventsRequest(
+        loop_id=query.loop_id,
+        max_events=query.max_events,
+        follow=query.follow,
+        skip_malformed=query.skip_malformed,
+        trace_id=query.trace_id,
+    )
+    if query.resume_token is None:
+        request.event_line_offset = query.after_line
+    else:
+        request.resume_token = query.resume_token
+    request.heartbeat_interval.FromNanoseconds(int(query.heartbeat_interval * 1e9))
+    return request
+
+
+def _batch_from(message: pb.StreamEventsResponse) -> EventBatch:
+    events = [mirror.event_from_message(event) for event in message.events]
+    for event in events:
+        validate("loop_run_event", event)
+    return EventBatch(
+        events=events,
+        cursor={
+            "eventLineOffset": message.cursor.event_line_offset,
+            "eventLineCount": message.cursor.event_line_count,
+        },
+        resume_token=message.resume_token,
+        caught_up=message.caught_up,
+        skipped=[
+            SkippedRecord(
+                first_line=record.first_line,
+                last_line=record.last_line,
+                reason=record.reason,
+                excerpt=record.excerpt,
+                size_bytes=record.size_bytes,
+                sha256=record.sha256,
+            )
+            for record in message.skipped
+        ],
+        emitted_at=message.emitted_at,
+    )
+
+
+def _result_from(message: Any) -> ControlResult:
+    result = mirror.result_from_message(message)
+    validate("control_result", result)
+    return result

@@ -1,0 +1,76 @@
+"""Follows a loop for as long as it takes: through lost connections, restarted agents and replaced logs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+from opsmgr.cursors import Position
+from opsmgr.subscription import subscribe
+from opsmgr.transport.retry import RetryPolicy
+from sprite_agent.contract.streaming import EventQuery
+from sprite_agent.errors import LogReplaced, LogTruncated
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from opsmgr.transport.base import Transport
+    from sprite_agent.contract.streaming import EventBatch
+    from sprite_agent.errors import OpsError
+
+PATIENT = RetryPolicy(attempts=sys.maxsize, budget=math.inf)
+"""Tries until told to stop, at most every ten seconds."""
+
+
+async def follow(
+    transport: Transport,
+    loop_id: str,
+    *,
+    start: Position | None,
+    tell: Callable[[str], None],
+    max_events: int = 0,
+    trace_id: str | None = None,
+) -> AsyncIterator[EventBatch]:
+    """The batches of a loop's events, each event once, until `max_events` (0: for ever).
+
+    Malformed records are passed over and reported in the batches.
+
+    Args:
+        transport: how to reach the loop.
+        loop_id: the loop.
+        start: where to begin; None: with what happens from now on.
+        tell: told, in a sentence for people, of lost connections and replaced logs.
+        max_events: end after so many.
+        trace_id: passed on.
+
+    Raises:
+        Refused: the agent says no.
+    """
+
+    def on_retry(error: OpsError, wait: float) -> None:
+        tell(f"{error.message}; trying again in {wait:.1f} s")
+
+    if start is None:
+        now = await transport.snapshot(loop_id, trace_id=trace_id)
+        start = Position(line=now.envelope["cursor"]["eventLineOffset"], resume_token=now.resume_token)
+    received = 0
+    while True:
+        query = EventQuery(
+            loop_id=loop_id,
+            after_line=start.line,
+            resume_token=start.resume_token,
+            max_events=max_events and max_events - received,
+            follow=True,
+            skip_malformed=True,
+            trace_id=trace_id,
+        )
+        try:
+            async for batch in subscribe(transport, query, policy=PATIENT, on_retry=on_retry):
+                received += len(batch.events)
+                yield batch
+        except (LogReplaced, LogTruncated) as error:
+            tell(f"{error.message}: going on with its first line")
+            start = Position()
+        else:
+            return
