@@ -11,7 +11,7 @@ from opsmgr.transport.retry import Retries, RetryPolicy
 from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from opsmgr.transport.base import Transport
     from sprite_agent.contract.streaming import EventBatch, EventQuery
@@ -23,7 +23,7 @@ async def subscribe(
     *,
     policy: RetryPolicy | None = None,
     on_retry: Callable[[OpsError, float], None] | None = None,
-) -> AsyncIterator[EventBatch]:
+) -> AsyncGenerator[EventBatch]:
     """The batches of `query`, over as many streams as it takes.
 
     A stream that ends early (no answer, a draining agent, its maximum age) is followed by
@@ -44,7 +44,7 @@ async def subscribe(
     wanted, received, caught_up = query.max_events, 0, False
     while True:
         try:
-            async with contextlib.aclosing(transport.events(query)) as batches:  # type: ignore[type-var]
+            async with contextlib.aclosing(transport.events(query)) as batches:
                 async for batch in batches:
                     retries.progress()
                     received += len(batch.events)

@@ -13,7 +13,7 @@ from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import LogReplaced, LogTruncated
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from opsmgr.transport.base import Transport
     from sprite_agent.contract.streaming import EventBatch
@@ -31,7 +31,7 @@ async def follow(
     tell: Callable[[str], None],
     max_events: int = 0,
     trace_id: str | None = None,
-) -> AsyncIterator[EventBatch]:
+) -> AsyncGenerator[EventBatch]:
     """The batches of a loop's events, each event once, until `max_events` (0: for ever).
 
     Malformed records are passed over and reported in the batches.

@@ -31,8 +31,10 @@ LOOPS = PurePosixPath(".superloop/loops")
 STATE = PurePosixPath(".superloop/state.json")
 ACTIVE_RUN = PurePosixPath(".superloop/active-run.json")
 
-MAX_DOCUMENT_BYTES = 8 * 1024 * 1024
-"""A larger document is not read: the runtime's stay far below this."""
+MAX_DOCUMENT_BYTES = 512 * 1024
+"""A document that goes into a snapshot as a whole is not larger: five of them fit a message."""
+MAX_SUMMARY_BYTES = 8 * 1024 * 1024
+"""run-summary.json grows by some 5 KB with each iteration; only its last entry goes into a snapshot."""
 
 _MAX_READS = 6
 _REREAD_PAUSE = 0.02
@@ -136,8 +138,8 @@ class ArtifactFiles:
             os.close(folder)
         return sorted(name for name in names if _LOOP_ID.fullmatch(name))
 
-    def read_document(self, path: PurePosixPath) -> Document:
-        """The JSON object in the file at `path`.
+    def read_document(self, path: PurePosixPath, *, limit: int = MAX_DOCUMENT_BYTES) -> Document:
+        """The JSON object in the file at `path`, of at most `limit` bytes.
 
         Raises:
             ArtifactNotRegular
@@ -146,7 +148,7 @@ class ArtifactFiles:
         """
         reads = 0
         while True:
-            content, ref = self._read(path)
+            content, ref = self._read(path, limit)
             reads += 1
             if content is None:
                 return Document(value=None, ref=ref)
@@ -160,17 +162,15 @@ class ArtifactFiles:
                     ) from error
             time.sleep(_REREAD_PAUSE)
 
-    def _read(self, path: PurePosixPath) -> tuple[bytes | None, ArtifactRef]:
+    def _read(self, path: PurePosixPath, limit: int) -> tuple[bytes | None, ArtifactRef]:
         descriptor = self.open(path)
         if descriptor is None:
             return None, missing_ref(path)
         with os.fdopen(descriptor, "rb") as file:
-            content = file.read(MAX_DOCUMENT_BYTES + 1)
+            content = file.read(limit + 1)
             modified = int(os.fstat(file.fileno()).st_mtime)
-        if len(content) > MAX_DOCUMENT_BYTES:
-            raise ArtifactMalformed(
-                f"{self.repo / path} is larger than {MAX_DOCUMENT_BYTES} bytes", details={"path": path}
-            )
+        if len(content) > limit:
+            raise ArtifactMalformed(f"{self.repo / path} is larger than {limit} bytes", details={"path": path})
         return content, {
             "path": str(path),
             "exists": True,

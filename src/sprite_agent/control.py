@@ -166,12 +166,7 @@ class ControlEngine:
         wait: ControlConfirmation = {"mode": "wait"}
         asked = request.get("confirmation", wait)
         if result["exitCode"] != 0:
-            why = f"exited with {result['exitCode']}"
-            if result["exitCode"] is None:
-                why = "could not be started"
-            elif result["timedOut"]:
-                why = "ran over its time limit and was ended"
-            return self._done(result, status="failed_command", reason="command_failed", detail=f"the command {why}")
+            return self._done(result, status="failed_command", reason="command_failed", detail=_failure(result))
         if asked["mode"] == "skip":
             return self._done(result, status="executed_unconfirmed", reason="confirmation_skipped")
         timeout = asked.get("timeoutSeconds", DEFAULT_TIMEOUT)
@@ -211,13 +206,19 @@ class ControlEngine:
         with self._folder.lane(LANE_WAIT):
             current = self._opened().find(entry.result["loopId"], entry.result["idempotencyKey"])
             if current is not None and self._is_abandoned(current):
-                self._done(
-                    {**current.result, "executed": True},
-                    status="ambiguous",
-                    reason="interrupted",
-                    detail="the agent ended before the outcome was recorded: the command may have run",
-                )
+                self._done_without_looking(current.result)
         return self._opened().find(entry.result["loopId"], entry.result["idempotencyKey"]) or entry
+
+    def _done_without_looking(self, result: ControlResult) -> None:
+        if result["state"] == "executing":
+            result = {**result, "executed": True}  # it may have been
+            detail = "the agent ended before the command's end was recorded: it may have run"
+        elif result["exitCode"] != 0:
+            self._done(result, status="failed_command", reason="command_failed", detail=_failure(result))
+            return
+        else:
+            detail = "the command ran; the agent ended before its effect was seen"
+        self._done(result, status="ambiguous", reason="interrupted", detail=detail)
 
     def _is_abandoned(self, entry: Entry) -> bool:
         if entry.result["state"] == "done":
@@ -260,6 +261,14 @@ class ControlEngine:
                 self._folder.make()
                 self._journal = Journal(self._folder.journal)
             return self._journal
+
+
+def _failure(result: ControlResult) -> str:
+    if result["exitCode"] is None:
+        return "the command could not be started"
+    if result["timedOut"]:
+        return "the command ran over its time limit and was ended"
+    return f"the command exited with {result['exitCode']}"
 
 
 def _place(named: ControlRequest | ControlResult) -> tuple[str, str]:

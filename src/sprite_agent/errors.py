@@ -15,8 +15,7 @@ OpsError
 │                                APPROVAL_CHANGED, LOOP_NOT_ACTIVE, RUNTIME_MISSING, JOURNAL_CORRUPT,
 │                                ARTIFACT_NOT_REGULAR
 ├── NotNow                       the answer is no for the moment, nothing was run; the same request may do better
-│                                UNAVAILABLE: CONTROL_BUSY, DRAINING, JOURNAL_UNAVAILABLE;
-│                                RESOURCE_EXHAUSTED: STREAM_LIMIT
+│                                UNAVAILABLE: CONTROL_BUSY, DRAINING, JOURNAL_UNAVAILABLE
 └── InternalError                INTERNAL: INTERNAL_ERROR, a bug of the agent's; what was run is unknown
 
 Each leaf has one gRPC status and one reason; `BY_REASON` holds them all.
@@ -325,13 +324,6 @@ class JournalUnavailable(NotNow):
     """The journal can't be written."""
 
     reason = "JOURNAL_UNAVAILABLE"
-
-
-class StreamLimit(NotNow):
-    """The agent serves as many streams as it may."""
-
-    status = "RESOURCE_EXHAUSTED"
-    reason = "STREAM_LIMIT"
 
 
 class InternalError(OpsError):

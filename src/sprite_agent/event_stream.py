@@ -16,7 +16,7 @@ from sprite_agent.events import EventContext, build_event
 from sprite_agent.records import Position
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from sprite_agent.contract.envelopes import EventEnvelope
@@ -48,7 +48,7 @@ class StreamEnd:
 
 async def stream_events(
     log: EventLog, query: EventQuery, *, repo: Path, folders: FolderWatch, end: StreamEnd
-) -> AsyncIterator[EventBatch]:
+) -> AsyncGenerator[EventBatch]:
     """The batches of one subscription: the first at once, with or without events.
 
     A stream that `end` ends gives out a last batch, which says where to resume.
@@ -114,7 +114,7 @@ class _Stream:
         if self._reader is not None:
             self._reader.close()
 
-    async def batches(self, changes: Changes) -> AsyncIterator[EventBatch]:
+    async def batches(self, changes: Changes) -> AsyncGenerator[EventBatch]:
         """Batches until the query is satisfied."""
         heard_at = time.monotonic()
         first = True

@@ -18,7 +18,7 @@ from sprite_agent.snapshot import build_snapshot, read_artifacts
 from sprite_agent.state_folder import StateFolder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
     from typing import Any
 
@@ -80,12 +80,12 @@ class Repo:
         found = read_artifacts(self._files, paths, self._log(loop_id).refresh())
         return build_snapshot(found, repo=str(self.path), loop_id=loop_id, trace_id=trace_id, run_id=run_id)
 
-    async def stream_events(self, query: EventQuery) -> AsyncIterator[EventBatch]:
+    async def stream_events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """The batches of one subscription; see `event_stream.stream_events` for its promises."""
         self._files.require_loop(query.loop_id)
         log = self._log(query.loop_id)
         batches = stream_events(log, query, repo=self.path, folders=self._folders, end=self._stream_end)
-        async with contextlib.aclosing(batches):  # type: ignore[type-var]  # an async generator
+        async with contextlib.aclosing(batches):
             async for batch in batches:
                 yield batch
 

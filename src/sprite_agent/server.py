@@ -24,7 +24,7 @@ from sprite_agent.service import MAX_REQUEST_BYTES, MAX_STREAM_AGE, Identity, Sp
 from sprite_agent.v1 import service_pb2, service_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from sprite_agent.config import ServeConfig
 
@@ -58,19 +58,22 @@ class ServeError(Exception):
 
 
 async def serve(config: ServeConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
     Raises:
         ServeError: it could not start.
     """
-    stop, stop_now = asyncio.Event(), asyncio.Event()
+    stop = asyncio.Event()
 
     def on_signal() -> None:
-        (stop_now if stop.is_set() else stop).set()
+        if stop.is_set():
+            _log.warning("second signal: ending now; the journal keeps what was begun")
+            os._exit(1)
+        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    async with running(config, stop_now=stop_now) as address:
+    async with running(config) as address:
         _log.info("serving", address=address, repo=str(config.repo), token=config.token is not None)
         if config.token is None:
             _log.warning(
@@ -84,7 +87,7 @@ async def serve(config: ServeConfig) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(config: ServeConfig, *, stop_now: asyncio.Event | None = None) -> AsyncIterator[str]:
+async def running(config: ServeConfig) -> AsyncGenerator[str]:
     """A server that runs inside the block, and drains at its end. Gives the address it listens on.
 
     Raises:
@@ -129,7 +132,7 @@ async def running(config: ServeConfig, *, stop_now: asyncio.Event | None = None)
         finally:
             await healths.enter_graceful_shutdown()
             service.drain()
-            await _stop(server, stop_now or asyncio.Event())
+            await server.stop(DRAIN_GRACE)
 
 
 async def _recover(repo: Repo) -> None:
@@ -140,17 +143,6 @@ async def _recover(repo: Repo) -> None:
         await asyncio.to_thread(repo.recover)
     except OpsError as error:
         _log.error("journal", reason=error.reason, message=str(error))
-
-
-async def _stop(server: grpc.aio.Server, stop_now: asyncio.Event) -> None:
-    drained = asyncio.ensure_future(server.stop(DRAIN_GRACE))
-    hurried = asyncio.ensure_future(stop_now.wait())
-    await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
-    hurried.cancel()
-    if not drained.done():
-        _log.warning("second signal: stopping now; the journal keeps what was begun")
-        await server.stop(0)
-    await drained
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import time
 import uuid
@@ -140,8 +142,12 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         await context.send_initial_metadata(())
         try:
             self._refuse_while_draining()
-            async for batch in self._repo.stream_events(_query(request)):
-                yield _batch_to_message(batch)
+            async with contextlib.aclosing(self._repo.stream_events(_query(request))) as batches:
+                async for batch in batches:
+                    yield _batch_to_message(batch)
+        except (asyncio.CancelledError, GeneratorExit):
+            answer.hung_up(context)
+            raise
         except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
             answer.fail(error, context)
         else:
@@ -208,6 +214,9 @@ class _Answer:
             (STATUS_TRAILER, status.SerializeToString()),
             executed=refusal.executed,
         )
+
+    def hung_up(self, context: Any) -> None:
+        _log.info("call", code="CANCELLED", **self._facts(context))
 
     def _trailers(self, context: Any, *more: tuple[str, str | bytes], executed: bool | None) -> None:
         trailers: list[tuple[str, str | bytes]] = [

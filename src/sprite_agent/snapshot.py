@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sprite_agent.artifacts import ACTIVE_RUN, STATE
+from sprite_agent.artifacts import ACTIVE_RUN, MAX_DOCUMENT_BYTES, MAX_SUMMARY_BYTES, STATE
 from sprite_agent.contract import clock, json_text
 from sprite_agent.contract.json_text import member
 from sprite_agent.contract.validation import validate
@@ -56,7 +56,7 @@ def read_artifacts(files: ArtifactFiles, paths: LoopPaths, log: LogView) -> Loop
     """
     return LoopArtifacts(
         log=log,
-        run_summary=files.read_document(paths.run_summary),
+        run_summary=files.read_document(paths.run_summary, limit=MAX_SUMMARY_BYTES),
         state=files.read_document(STATE),
         active_run=files.read_document(ACTIVE_RUN),
         approval=files.read_document(paths.approval),
@@ -151,7 +151,10 @@ def _latest_entry(document: Document) -> OpenObject | None:
     path = document.ref["path"]
     try:
         entries = _decode_list(_decode_entries(document.value.text).entries)
-        return json_text.parse_object(bytes(entries[-1])) if entries else None
+        latest = bytes(entries[-1]) if entries else None
+        if latest is not None and len(latest) > MAX_DOCUMENT_BYTES:
+            raise ContractError(f"the last entry is larger than {MAX_DOCUMENT_BYTES} bytes")
+        return None if latest is None else json_text.parse_object(latest)
     except (msgspec.DecodeError, ContractError) as error:
         raise ArtifactMalformed(f"{path}: entries is no list of objects ({error})", details={"path": path}) from error
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from opsmgr.cli.output import EXIT_AMBIGUOUS, for_people, note, print_json, reported
+from opsmgr.cli.output import EXIT_AMBIGUOUS, for_people, note, print_json, printable, reported
 from opsmgr.cli.target import target_options
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def control(
     with reported(json=json, trace_id=trace_id):
         result = asyncio.run(run())
         if for_people(json=json):
-            click.echo(_sentence(result))
+            click.echo(printable(_sentence(result)))
         else:
             print_json(result, pretty=pretty)
         sys.exit(exit_code(result))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from opsmgr.cli.output import for_people, note, print_json, reported
+from opsmgr.cli.output import for_people, note, print_json, printable, reported
 from opsmgr.cli.target import target_options
 
 if TYPE_CHECKING:
@@ -140,11 +140,11 @@ def watch(
 
 
 def _readable(envelope: EventEnvelope) -> str:
-    """An event in one line for people. What the sandbox wrote is shown without its control characters."""
+    """An event in one line for people."""
     event, run = envelope["event"], envelope["run"]
     who = f" {event['role']}" if event["role"] else ""
     how = f" {event['status']}" if event["status"] else ""
     text = f"  {event['message']}" if event["message"] else ""
     line = f"{event['timestamp']}  #{envelope['cursor']['eventLineOffset']:<6} {run['iteration']:>3}  "
     line += f"{event['name']}{who}{how}{text}"
-    return "".join(char if char.isprintable() else " " for char in line)
+    return printable(line)

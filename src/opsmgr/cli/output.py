@@ -29,7 +29,12 @@ def print_json(document: Any, *, pretty: bool = False) -> None:
 
 def note(message: str) -> None:
     """One line on stderr, for people."""
-    click.echo(f"opsmgr: {message}", err=True)
+    click.echo(f"opsmgr: {printable(message)}", err=True)
+
+
+def printable(text: str) -> str:
+    """`text` in one line and without control characters: some of it may have been written in the sandbox."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def for_people(*, json: bool) -> bool:

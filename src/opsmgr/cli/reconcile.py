@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from opsmgr.cli.output import for_people, print_json, reported
+from opsmgr.cli.output import for_people, print_json, printable, reported
 from opsmgr.cli.target import target_options
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def reconcile(
     with reported(json=json, trace_id=trace_id):
         state = asyncio.run(run())
         if for_people(json=json):
-            click.echo(_summary(state))
+            click.echo(printable(_summary(state)))
         else:
             print_json(state, pretty=pretty)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult, SnapshotEnvelope
     from sprite_agent.contract.streaming import EventBatch, EventQuery
@@ -70,7 +70,7 @@ class Transport(Protocol):
             OpsError: as sprite_agent.errors and opsmgr.errors say.
         """
 
-    def events(self, query: EventQuery) -> AsyncIterator[EventBatch]:
+    def events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """One subscription, as StreamEvents promises in the proto; it is not resumed here (see subscription.py).
 
         Raises:

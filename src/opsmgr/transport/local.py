@@ -12,7 +12,7 @@ from sprite_agent.repo import Repo
 from sprite_agent.state_folder import default_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from opsmgr.transport.base import TransportName
@@ -46,7 +46,7 @@ class LocalTransport:
         reading = await asyncio.to_thread(self._repo.read_loop, loop_id, trace_id=trace_id, run_id=run_id)
         return Snapshot(envelope=reading.snapshot, resume_token=reading.resume_token)
 
-    def events(self, query: EventQuery) -> AsyncIterator[EventBatch]:
+    def events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """See `base.Transport`."""
         return self._repo.stream_events(query)
 

@@ -21,7 +21,7 @@ from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from opsmgr.transport.base import TransportName
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
@@ -100,7 +100,7 @@ class SpriteServiceTransport:
         validate("loop_run_snapshot", envelope)
         return Snapshot(envelope=envelope, resume_token=answer.resume_token)
 
-    async def events(self, query: EventQuery) -> AsyncIterator[EventBatch]:
+    async def events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """See `base.Transport`."""
         call = self._agent.StreamEvents(_stream_request(query), metadata=self._metadata)
         silence = MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT
