@@ -19,7 +19,14 @@ from sprite_agent.contract.confirmation import evidence_from, look_for_effect
 from sprite_agent.contract.requests import DEFAULT_TIMEOUT, fingerprint
 from sprite_agent.contract.validation import validate
 from sprite_agent.control_results import executing_result, not_needed_result, replayed
-from sprite_agent.errors import ControlBusy, ControlNotFound, IdempotencyKeyReused, InternalError, JournalUnavailable
+from sprite_agent.errors import (
+    ControlBusy,
+    ControlNotFound,
+    IdempotencyKeyReused,
+    InternalError,
+    JournalCorrupt,
+    JournalUnavailable,
+)
 from sprite_agent.journal import Journal
 from sprite_agent.processes import is_alive, this_process
 
@@ -250,7 +257,7 @@ class ControlEngine:
         validate("control_result", result)
         try:
             self._opened().record(result)
-        except JournalUnavailable as error:
+        except (JournalUnavailable, JournalCorrupt) as error:
             raise InternalError(
                 f"key {result['idempotencyKey']!r} was executed, but that could not be recorded; ask with the same key"
             ) from error

@@ -8,18 +8,20 @@ that none waits for another.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from sprite_agent.artifacts import loop_paths, missing_ref
+from sprite_agent.artifacts import loop_paths
 from sprite_agent.errors import CursorBeyondEnd, CursorInvalid, EventsNotFound, LogReplaced, ResumeTokenInvalid
-from sprite_agent.records import Position, RecordReader
-from sprite_agent.resume import WINDOW_BYTES, check_token, parse_token, token_at, window_before
+from sprite_agent.records import START, Position, RecordReader
+from sprite_agent.resume import Trail, check_token, parse_token
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from sprite_agent.artifacts import ArtifactFiles
@@ -44,7 +46,7 @@ class LogView:
     """After everything that is finished; before a record whose last lines are not there yet."""
     ref: ArtifactRef
     """The file as a whole, a torn last line included."""
-    identity: tuple[int, int, int]
+    identity: int
     """Changes when the file at the path is another one, or no continuation of what was read before."""
 
 
@@ -58,6 +60,7 @@ class EventLog:
         # Guards the index, which refresh() moves on; never held while anyone waits for a peer.
         self._lock = threading.Lock()
         self._epoch = 0
+        self._file: tuple[int, int] | None = None
         self._forget()
 
     def refresh(self) -> LogView:
@@ -70,24 +73,7 @@ class EventLog:
         log = self._open()
         try:
             with self._lock:
-                self._read_on(log)
-                status = os.fstat(log)
-                ref: ArtifactRef = {
-                    **missing_ref(self.path),
-                    "exists": True,
-                    "sizeBytes": self._size,
-                    "lineCount": self._reader.lines,
-                    "sha256": self._digest.hexdigest(),
-                    "mtimeEpoch": int(status.st_mtime),
-                }
-                return LogView(
-                    lines=self._reader.lines,
-                    end=self._end,
-                    last_record=self._last_record,
-                    token=token_at(log, self._reader.boundary),
-                    ref=ref,
-                    identity=(status.st_dev, status.st_ino, self._epoch),
-                )
+                return self._view(log)
         finally:
             os.close(log)
 
@@ -103,20 +89,21 @@ class EventLog:
             raise CursorInvalid(
                 f"cursor {line} is negative; 0 starts from the first line", violations=[("event_line_offset", "< 0")]
             )
-        view = self.refresh()
-        if line > view.lines:
-            raise CursorBeyondEnd(
-                f"cursor {line} is past the {view.lines} lines of the log; reset it or replay from the start",
-                details={"requested": line, "available": view.lines},
-            )
-        with self._lock:
-            place = self._index[bisect.bisect_right(self._index, line, key=lambda entry: entry.line) - 1]
-        with LogReader(self._open(), place) as scout:
+        with self._kept_open() as log:
+            with self._lock:
+                view = self._view(log)
+                place = self._index[bisect.bisect_right(self._index, line, key=lambda entry: entry.line) - 1]
+            if line > view.lines:
+                raise CursorBeyondEnd(
+                    f"cursor {line} is past the {view.lines} lines of the log; reset it or replay from the start",
+                    details={"requested": line, "available": view.lines},
+                )
+            scout = LogReader(log, place)
             while scout.boundary.line < line and not scout.at_end(view.end):
                 for record in scout.read(view.end):
                     if record.last_line <= line:
                         place = Position(record.last_line, record.end)
-        return LogReader(self._open(), place)
+            return LogReader(log, place)
 
     def reader_after_token(self, text: str) -> LogReader:
         """A reader of the records after the place of a resume token.
@@ -127,15 +114,25 @@ class EventLog:
             EventsNotFound, LoopNotFound, ArtifactNotRegular
         """
         token = parse_token(text)
+        with self._kept_open() as log:
+            check_token(log, token)
+            reader = LogReader(log, token.position)
+            with self._lock:
+                self._view(log)
+                self._check_line(log, token.position)
+            if reader.token(token.position) != token:
+                raise LogReplaced("the event log was rewritten while it was opened; replay from the start")
+            return reader
+
+    @contextlib.contextmanager
+    def _kept_open(self) -> Iterator[int]:
+        """A descriptor of the log that outlives the block, unless that fails. All of a block sees one file."""
         log = self._open()
         try:
-            check_token(log, token)
-            self.refresh()
-            self._check_line(log, token.position)
+            yield log
         except BaseException:
             os.close(log)
             raise
-        return LogReader(log, token.position)
 
     def _open(self) -> int:
         log = self._files.open(self.path)
@@ -149,31 +146,48 @@ class EventLog:
     def _forget(self) -> None:
         self._reader = RecordReader()
         self._digest = hashlib.sha256()
-        self._size = 0
+        self._trail = Trail()
         self._end = 0
-        self._window = b""
         self._last_record: Record | None = None
-        self._index = [Position(0, 0)]
+        self._index = [START]
 
-    def _read_on(self, log: int) -> None:
-        if os.fstat(log).st_size < self._size or window_before(log, self._size) != self._window:
+    def _view(self, log: int) -> LogView:
+        """Brings the index up to date with the file open as `log`; the lock is held."""
+        status = os.fstat(log)
+        file = (status.st_dev, status.st_ino)
+        if file != self._file or not self._trail.is_whole(log):
             self._forget()
+            self._file = file
             self._epoch += 1
-        while data := os.pread(log, _CHUNK, self._size):
+        while data := os.pread(log, _CHUNK, self._trail.end):
+            self._trail.extend(data, boundary=self._reader.boundary.offset, earliest=self._reader.earliest)
             records = self._reader.feed(data)
             if records:
                 self._last_record = records[-1]
             self._digest.update(data)
             if (newline := data.rfind(b"\n")) >= 0:
-                self._end = self._size + newline + 1
-            self._size += len(data)
+                self._end = self._trail.end - len(data) + newline + 1
             if self._reader.boundary.offset - self._index[-1].offset >= _CHUNK:
                 self._index.append(self._reader.boundary)
-            self._window = (self._window + data)[-WINDOW_BYTES:]
+        ref: ArtifactRef = {
+            "path": str(self.path),
+            "exists": True,
+            "sizeBytes": self._trail.end,
+            "lineCount": self._reader.lines,
+            "sha256": self._digest.hexdigest(),
+            "mtimeEpoch": int(os.fstat(log).st_mtime),
+        }
+        return LogView(
+            lines=self._reader.lines,
+            end=self._end,
+            last_record=self._last_record,
+            token=self._trail.token(self._reader.boundary),
+            ref=ref,
+            identity=self._epoch,
+        )
 
     def _check_line(self, log: int, position: Position) -> None:
-        with self._lock:
-            near = self._index[bisect.bisect_right(self._index, position.offset, key=lambda entry: entry.offset) - 1]
+        near = self._index[bisect.bisect_right(self._index, position.offset, key=lambda entry: entry.offset) - 1]
         between = os.pread(log, position.offset - near.offset, near.offset)
         if (between and not between.endswith(b"\n")) or near.line + between.count(b"\n") != position.line:
             raise ResumeTokenInvalid(
@@ -191,8 +205,7 @@ class LogReader:
     def __init__(self, log: int, start: Position) -> None:
         self._log = log
         self._records = RecordReader(start)
-        self._offset = start.offset
-        self._window = window_before(log, start.offset)
+        self._trail = Trail(log, start)
 
     def __enter__(self) -> Self:
         return self
@@ -213,7 +226,7 @@ class LogReader:
 
     def at_end(self, end: int) -> bool:
         """Whether everything up to byte `end` was read."""
-        return self._offset >= end
+        return self._trail.end >= end
 
     def read(self, end: int) -> list[Record]:
         """The records completed by the next chunk, of which nothing past byte `end` is read.
@@ -221,17 +234,17 @@ class LogReader:
         Raises:
             LogReplaced: the log was changed where this reader has already been.
         """
-        data = os.pread(self._log, min(_CHUNK, end - self._offset), self._offset)
+        start = self._trail.end
+        data = os.pread(self._log, min(_CHUNK, end - start), start)
         # The identity is checked after the read: what was read may be another log's by now.
-        if not data or window_before(self._log, self._offset) != self._window:
+        if not data or not self._trail.is_whole(self._log):
             raise LogReplaced(
                 f"the event log was rewritten while it was read, before byte {end}; replay from the start",
-                details={"line": self.boundary.line, "offset": self._offset},
+                details={"line": self.boundary.line, "offset": start},
             )
-        self._offset += len(data)
-        self._window = (self._window + data)[-WINDOW_BYTES:]
+        self._trail.extend(data, boundary=self.boundary.offset, earliest=self._records.earliest)
         return self._records.feed(data)
 
     def token(self, position: Position) -> ResumeToken:
-        """The resume token for a place this reader has reached."""
-        return token_at(self._log, position)
+        """The resume token for a place this reader has passed since its last read."""
+        return self._trail.token(position)

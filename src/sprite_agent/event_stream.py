@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -63,8 +64,9 @@ async def stream_events(
         stream = _Stream(log, query, str(repo), end)
         try:
             await stream.open()
-            async for batch in stream.batches(changes):
-                yield batch
+            async with contextlib.aclosing(stream.batches(changes)) as batches:
+                async for batch in batches:
+                    yield batch
         finally:
             stream.close()
 
@@ -120,7 +122,8 @@ class _Stream:
         first = True
         while True:
             batch, fault = self._next_batch()
-            if first or batch.events or batch.skipped:
+            quiet = time.monotonic() - heard_at
+            if first or batch.events or batch.skipped or quiet >= self._query.heartbeat_interval:
                 yield batch
                 first, heard_at = False, time.monotonic()
             if fault is not None:
@@ -170,6 +173,10 @@ class _Stream:
         skipped: list[SkippedRecord] = []
         size = 0
         while (record := self._next_record()) is not None:
+            size += len(record.text)
+            if size > MAX_BATCH_BYTES and (events or skipped):
+                self._pending.appendleft(record)
+                break
             try:
                 events.append(build_event(record, context))
             except ContractError as error:
@@ -180,18 +187,17 @@ class _Stream:
                 self._last_line = record.last_line
                 self._sent += 1
             self._position = Position(record.last_line, record.end)
-            size += len(record.text)
-            if len(events) + len(skipped) >= MAX_BATCH_EVENTS or size >= MAX_BATCH_BYTES or self._sent_enough():
+            if len(events) + len(skipped) == MAX_BATCH_EVENTS or self._sent_enough():
                 break
         return self._batch(events, skipped), None
 
     def _next_record(self) -> Record | None:
         assert self._reader is not None  # noqa: S101  # open() came first
-        while not self._pending:
-            if self._reader.at_end(self._view.end):
-                self._position = self._reader.boundary
-                return None
+        if not self._pending and not self._reader.at_end(self._view.end):
             self._pending.extend(self._reader.read(self._view.end))
+        if not self._pending:
+            self._position = self._reader.boundary
+            return None  # the end, or a chunk without a record: others get their turn before the next
         return self._pending.popleft()
 
     def _sent_enough(self) -> bool:

@@ -74,7 +74,10 @@ def whole_number(value: Any) -> Any:
     A number that is not a whole one comes back as it is, for the schema to refuse.
     """
     if isinstance(value, str) and _NUMBER.fullmatch(value):
-        value = json_text.parse(value)
+        try:
+            value = json_text.parse(value)
+        except ContractError:
+            return value  # beyond what a number can be
     if isinstance(value, bool) or not isinstance(value, int | float):
         return 0
     return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value

@@ -22,6 +22,8 @@ POLL_ALONE = 0.1
 class FolderWatch:
     """Watches folders for any number of followers, with one inotify instance. Belongs to one event loop."""
 
+    _loop: asyncio.AbstractEventLoop
+
     def __init__(self) -> None:
         self._inotify: INotify | None = None
         self._followers: dict[int, set[asyncio.Event]] = {}
@@ -46,7 +48,8 @@ class FolderWatch:
     def close(self) -> None:
         """Ends all watching; followers go on by polling."""
         if self._inotify is not None:
-            asyncio.get_running_loop().remove_reader(self._inotify.fileno())
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._inotify.fileno())
             self._inotify.close()
             self._inotify = None
         self._followers.clear()
@@ -60,7 +63,8 @@ class FolderWatch:
         try:
             if self._inotify is None:
                 self._inotify = INotify(nonblocking=True)
-                asyncio.get_running_loop().add_reader(self._inotify.fileno(), self._wake)
+                self._loop = asyncio.get_running_loop()
+                self._loop.add_reader(self._inotify.fileno(), self._wake)
             watch = int(self._inotify.add_watch(folder, mask))
         except OSError:
             return None  # no such folder, or the system's limit is reached: polling does

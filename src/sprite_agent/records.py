@@ -9,7 +9,6 @@ goes on at the next. A record that is not closed yet is not yet a record.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from typing import Any, NamedTuple
 
 from sprite_agent.contract import json_text
@@ -20,6 +19,8 @@ MAX_RECORD_BYTES = 1024 * 1024
 """A longer record is malformed. Of a longer line only size, digest and beginning are kept."""
 
 _EXCERPT_BYTES = 200
+_NOT_CONTINUED = "the beginning of an object that the next lines do not go on with"
+_INTERRUPTED = "an object that an overlong line interrupts"
 
 
 class Position(NamedTuple):
@@ -29,6 +30,9 @@ class Position(NamedTuple):
     """Lines before it."""
     offset: int
     """Bytes before it."""
+
+
+START = Position(0, 0)
 
 
 class Record(NamedTuple):
@@ -69,7 +73,7 @@ class RecordReader:
     Holds at most one unfinished line and one unfinished record, so about 2 MiB.
     """
 
-    def __init__(self, start: Position = Position(0, 0)) -> None:  # noqa: B008  # a tuple, never changed
+    def __init__(self, start: Position = START) -> None:
         self.lines = start.line
         """Complete lines seen, from the beginning of the log."""
         self.boundary = start
@@ -84,25 +88,34 @@ class RecordReader:
 
     def feed(self, data: bytes) -> list[Record]:
         """The records that `data` completes."""
+        records: list[Record] = []
         complete, newline, rest = data.rpartition(b"\n")
-        if not newline:
-            self._keep_torn(data)
-            return []
-        pending: deque[bytes | _Overlong] = deque(complete.split(b"\n"))
-        if self._overlong:
-            self._overlong.add(pending.popleft() + b"\n")  # type: ignore[operator]  # only bytes were split
-            pending.appendleft(self._overlong)
-        elif self._torn:
-            self._torn.append(pending.popleft())  # type: ignore[arg-type]  # likewise
-            pending.appendleft(b"".join(self._torn))
-        self._torn, self._torn_bytes, self._overlong = [], 0, None
+        if newline:
+            first, *others = complete.split(b"\n")
+            if not (first or self._torn or self._overlong or self._opening or others.count(b"") < len(others)):
+                # Nothing but blank lines: there may be very many.
+                self.lines += 1 + len(others)
+                self._offset += 1 + len(others)
+                self.boundary = Position(self.lines, self._offset)
+                others = []
+            elif self._overlong:
+                self._overlong.add(first + b"\n")
+                self._finish_overlong(self._overlong, records)
+            else:
+                self._take(b"".join([*self._torn, first]), records)
+            self._torn, self._torn_bytes, self._overlong = [], 0, None
+            for line in others:
+                self._take(line, records)
         self._keep_torn(rest)
-        records = []
-        while pending:
-            record = self._take(pending.popleft(), pending)
-            if record is not None:
-                records.append(record)
+        if self._overlong and self._opening:
+            # Nothing can close the record any more; not put off, so that nothing old has to be kept.
+            self._give_up_opening(_INTERRUPTED, records)
         return records
+
+    @property
+    def earliest(self) -> int:
+        """No record to come ends before this offset."""
+        return self.boundary.offset if self._opening else self._offset + self._torn_bytes
 
     def _keep_torn(self, data: bytes) -> None:
         self._torn_bytes += len(data)
@@ -114,72 +127,144 @@ class RecordReader:
         elif data:
             self._torn.append(data)
 
-    def _take(self, line: bytes | _Overlong, pending: deque[bytes | _Overlong]) -> Record | None:
-        """Handles one complete line, given without its newline; may put lines back before `pending`."""
-        if isinstance(line, bytes) and len(line) >= MAX_RECORD_BYTES:
-            line = _Overlong(line + b"\n")
-        if isinstance(line, _Overlong):
-            if self._opening:
-                pending.appendleft(line)
-                return self._give_up_opening(pending, "an object that an overlong line interrupts")
-            return self._overlong_record(line)
+    def _take(self, line: bytes, records: list[Record]) -> None:
+        """Handles one complete line, given without its newline."""
+        if len(line) >= MAX_RECORD_BYTES:
+            self._finish_overlong(_Overlong(line + b"\n"), records)
+        elif self._opening:
+            self._pass(line)
+            self._continue(line, records)
+        else:
+            self._pass(line)
+            self._begin(line, records)
+
+    def _pass(self, line: bytes) -> None:
         self.lines += 1
         self._offset += len(line) + 1
-        return self._continue(line, pending) if self._opening else self._begin(line)
 
-    def _begin(self, line: bytes) -> Record | None:
+    def _begin(self, line: bytes, records: list[Record]) -> None:
+        """Handles a line while no record is open."""
         if not line or line.isspace():
             self.boundary = Position(self.lines, self._offset)
-            return None
+            return
         try:
             value = json_text.parse(line)
         except ContractError as error:
             prefix = ObjectPrefix()
-            if prefix.feed(line + b"\n") is not Verdict.OPEN:
-                return self._finished(line, None, error.message)
-            self._prefix, self._opening, self._open_bytes = prefix, [line], len(line) + 1
-            return None
-        if isinstance(value, dict):
-            return self._finished(line, value, None)
-        return self._finished(line, None, "JSON, but no object")
+            if prefix.feed(line + b"\n") is Verdict.OPEN:
+                self._prefix, self._opening, self._open_bytes = prefix, [line], len(line) + 1
+            else:
+                records.append(self._finished(line, None, error.message))
+            return
+        self._finish_value(line, value, records)
 
-    def _continue(self, line: bytes, pending: deque[bytes | _Overlong]) -> Record | None:
+    def _finish_value(self, text: bytes, value: Any, records: list[Record]) -> None:
+        if isinstance(value, dict):
+            records.append(self._finished(text, value, None))
+        else:
+            records.append(self._finished(text, None, "JSON, but no object"))
+
+    def _continue(self, line: bytes, records: list[Record]) -> None:
+        """Handles a line while a record is open."""
         self._opening.append(line)
         self._open_bytes += len(line) + 1
-        if self._open_bytes > MAX_RECORD_BYTES:
-            return self._give_up_opening(pending, f"an object over several lines, longer than {MAX_RECORD_BYTES} bytes")
         verdict = self._prefix.feed(line + b"\n")
-        if verdict is Verdict.OPEN:
-            return None
         if verdict is Verdict.BROKEN:
-            return self._give_up_opening(pending, "the beginning of an object that the next lines do not go on with")
-        text = b"\n".join(self._opening)
+            self._opening.pop()
+            self._move_to(self.lines - 1, self._offset - len(line) - 1)
+            self._give_up_opening(_NOT_CONTINUED, records)
+            self._take(line, records)
+        elif verdict is Verdict.CLOSED and self._open_bytes <= MAX_RECORD_BYTES:
+            lines, self._opening = self._opening, []
+            self._end_opening(lines, records)
+        else:
+            while self._opening and self._open_bytes > MAX_RECORD_BYTES:
+                self._give_up_outermost(records)
+
+    def _end_opening(self, lines: list[bytes], records: list[Record]) -> None:
+        """Handles the lines of an object that is closed."""
+        text = b"\n".join(lines)
         try:
             value = json_text.parse(text)
         except ContractError as error:
-            return self._give_up_opening(pending, error.message)
-        self._opening = []
-        return self._finished(text, value, None)
+            self._read_again(lines, error.message, records)
+        else:
+            records.append(self._finished(text, value, None))
 
-    def _give_up_opening(self, pending: deque[bytes | _Overlong], fault: str) -> Record:
-        """Only the opening line is malformed; the lines after it are read again."""
-        opening, *others = self._opening
-        pending.extendleft(reversed(others))
+    def _give_up_opening(self, fault: str, records: list[Record]) -> None:
+        """No line can close the open record, nor any object in it that is still open."""
+        lines, self._opening = self._opening, []
+        self._read_again(lines, fault, records)
+
+    def _give_up_outermost(self, records: list[Record]) -> None:
+        """The open record is too long; the next object in it that begins a line and is still open may not be."""
+        lines = self._opening
+        inner = next((begun for begun in self._prefix.still_open if begun > 0), len(lines))
         self._opening = []
-        self.lines = self.boundary.line + 1
-        self._offset = self.boundary.offset + len(opening) + 1
-        return self._finished(opening, None, fault)
+        self._read_again(lines[:inner], _too_long(), records)
+        if inner < len(lines):
+            self._prefix.begin_at(inner)
+            self._opening = lines[inner:]
+            self._open_bytes -= sum(len(line) + 1 for line in lines[:inner])
+            self._move_to(self.lines + len(self._opening), self._offset + self._open_bytes)
+
+    def _read_again(self, lines: list[bytes], fault: str, records: list[Record]) -> None:
+        """The first of the lines is malformed; the others are records or not, as the prefix has seen on the way.
+
+        Reading them as if for the first time would cost the square of their number.
+        """
+        self._move_to(*self.boundary)
+        self._pass(lines[0])
+        records.append(self._finished(lines[0], None, fault))
+        number = 1
+        while number < len(lines):
+            after = self._prefix.ended.get(number, number) + 1
+            too_long = sum(len(line) + 1 for line in lines[number:after]) > MAX_RECORD_BYTES
+            if too_long:
+                after = number + 1
+            for line in lines[number:after]:
+                self._pass(line)
+            if too_long:
+                records.append(self._finished(lines[number], None, _too_long()))
+            else:
+                self._finish_alone(b"\n".join(lines[number:after]), number, fault, records)
+            number = after
+
+    def _finish_alone(self, text: bytes, number: int, fault: str, records: list[Record]) -> None:
+        """Handles what began with line `number` of an open record, and is known not to go on beyond `text`."""
+        try:
+            self._finish_value(text, json_text.parse(text), records)
+        except ContractError as error:
+            if text.isspace() or not text:
+                self.boundary = Position(self.lines, self._offset)
+            elif ObjectPrefix().feed(text + b"\n") is not Verdict.OPEN:
+                records.append(self._finished(text, None, error.message))
+            elif number in self._prefix.too_deep:
+                records.append(self._finished(text, None, json_text.TOO_DEEP))
+            else:
+                why = fault if number in self._prefix.still_open else _NOT_CONTINUED
+                records.append(self._finished(text, None, why))
+
+    def _move_to(self, line: int, offset: int) -> None:
+        self.lines, self._offset = line, offset
+
+    def _finish_overlong(self, line: _Overlong, records: list[Record]) -> None:
+        if self._opening:
+            self._give_up_opening(_INTERRUPTED, records)
+        self.lines += 1
+        self._offset += line.size
+        fault = f"a line of {line.size} bytes, longer than {MAX_RECORD_BYTES}"
+        record = self._finished(line.beginning, None, fault)
+        records.append(record._replace(overlong=(line.size, line.digest.hexdigest())))
 
     def _finished(self, text: bytes, value: dict[str, Any] | None, fault: str | None) -> Record:
         record = Record(self.boundary.line + 1, self.lines, self._offset, text, value, fault)
         self.boundary = Position(self.lines, self._offset)
         return record
 
-    def _overlong_record(self, line: _Overlong) -> Record:
-        self.lines += 1
-        self._offset += line.size
-        fault = f"a line of {line.size} bytes, longer than {MAX_RECORD_BYTES}"
-        return self._finished(line.beginning, None, fault)._replace(overlong=(line.size, line.digest.hexdigest()))
+
+def _too_long() -> str:
+    return f"an object over several lines, longer than {MAX_RECORD_BYTES} bytes"
 
 
 class _Overlong:

@@ -12,6 +12,7 @@ from sprite_agent.errors import ContractError
 
 MAX_DEPTH = 256
 """Deepest nesting of an open object. A fixed limit, so that both sides of the wire refuse the same texts."""
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 DOCUMENT_DEPTH = MAX_DEPTH + 16
 """Deepest nesting of a document that has open objects in it."""
 
