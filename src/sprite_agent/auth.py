@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
 
 from sprite_agent.contract import clock
-from sprite_agent.contract.error_details import EXECUTED_TRAILER, SERVER_TIME_TRAILER, STATUS_TRAILER, to_status
+from sprite_agent.contract.error_details import (
+    ERROR_ID_TRAILER,
+    EXECUTED_TRAILER,
+    SERVER_TIME_TRAILER,
+    STATUS_TRAILER,
+    to_status,
+)
 from sprite_agent.errors import TokenInvalid, TokenMissing
 
 if TYPE_CHECKING:
@@ -44,8 +51,9 @@ class TokenCheck(grpc.aio.ServerInterceptor):
         refusal = self._refusal(handler_call_details.invocation_metadata)
         if refusal is None:
             return handler
-        _log.warning("refused", method=method, reason=refusal.reason)
-        return _refusing(handler, refusal)
+        error_id = uuid.uuid4().hex[:12]
+        _log.warning("refused", method=method, reason=refusal.reason, error_id=error_id)
+        return _refusing(handler, refusal, error_id)
 
     def _refusal(self, metadata: Any) -> NotAuthenticated | None:
         given = [value for key, value in metadata if key == "authorization"]
@@ -57,11 +65,12 @@ class TokenCheck(grpc.aio.ServerInterceptor):
         return TokenInvalid("the bearer token is not this agent's")
 
 
-def _refusing(handler: Any, refusal: NotAuthenticated) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler of the same kind that only refuses."""
+def _refusing(handler: Any, refusal: NotAuthenticated, error_id: str) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the same kind that only refuses. It leaves the request's bytes unread."""
     status = to_status(refusal)
     trailers = (
         (EXECUTED_TRAILER, "false"),
+        (ERROR_ID_TRAILER, error_id),
         (SERVER_TIME_TRAILER, clock.now()),
         (STATUS_TRAILER, status.SerializeToString()),
     )
@@ -85,7 +94,6 @@ def _refusing(handler: Any, refusal: NotAuthenticated) -> grpc.RpcMethodHandler[
         )
     refused: grpc.RpcMethodHandler[Any, Any] = make(
         refuse_stream if handler.response_streaming else refuse,
-        request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
     return refused

@@ -21,7 +21,7 @@ COMMAND_TIMEOUT = 30.0
 """Seconds a command may run; a cancel takes up to about 12."""
 MAX_OUTPUT_BYTES = 8 * 1024
 
-_POLL = 0.05
+_POLL_MS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +62,16 @@ def build_command(runtime: Path, repo: Path, request: ControlRequest) -> list[st
     return command
 
 
-def run_command(command: list[str], timeout: float = COMMAND_TIMEOUT) -> CommandOutcome:
-    """Runs a command to its end, in a session of its own and with a clean environment."""
+def run_command(
+    command: list[str], timeout: float = COMMAND_TIMEOUT, *, keep_open: int | None = None
+) -> CommandOutcome:
+    """Runs a command to its end, in a session of its own and with a clean environment.
+
+    Args:
+        command: the argument vector.
+        timeout: seconds after which its session is killed.
+        keep_open: a descriptor that it inherits.
+    """
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"}
     if "HOME" in os.environ:
         environment["HOME"] = os.environ["HOME"]
@@ -76,6 +84,7 @@ def run_command(command: list[str], timeout: float = COMMAND_TIMEOUT) -> Command
             cwd="/",
             env=environment,
             start_new_session=True,
+            pass_fds=() if keep_open is None else (keep_open,),
         )
     except OSError as error:
         return CommandOutcome(exit_code=None, timed_out=False, output=f"{command[0]}: {error.strerror}")
@@ -85,7 +94,7 @@ def run_command(command: list[str], timeout: float = COMMAND_TIMEOUT) -> Command
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return CommandOutcome(exit_code=process.returncode, timed_out=not in_time, output=tail.decode(errors="replace"))
+    return CommandOutcome(exit_code=process.returncode, timed_out=not in_time, output=_bounded_text(tail))
 
 
 def _follow(process: subprocess.Popen[bytes], until: float) -> tuple[bytes, bool]:
@@ -96,9 +105,11 @@ def _follow(process: subprocess.Popen[bytes], until: float) -> tuple[bytes, bool
     assert process.stdout is not None  # noqa: S101  # asked for
     pipe = process.stdout.fileno()
     os.set_blocking(pipe, False)
+    readiness = select.poll()
+    readiness.register(pipe, select.POLLIN)
     tail, ended, pipe_open = b"", False, True
     while True:
-        readable = bool(pipe_open and select.select([pipe], [], [], 0 if ended else _POLL)[0])
+        readable = bool(pipe_open and readiness.poll(0 if ended else _POLL_MS))
         if readable:
             chunk = os.read(pipe, 64 * 1024)
             pipe_open = bool(chunk)
@@ -111,3 +122,9 @@ def _follow(process: subprocess.Popen[bytes], until: float) -> tuple[bytes, bool
         ended = process.poll() is not None
         if time.monotonic() > until:
             return tail, ended
+
+
+def _bounded_text(output: bytes) -> str:
+    """Text of at most `MAX_OUTPUT_BYTES` in UTF-8: a byte that is none becomes three."""
+    text = output.decode(errors="replace").encode()
+    return text[-MAX_OUTPUT_BYTES:].decode(errors="ignore")

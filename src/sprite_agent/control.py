@@ -8,8 +8,10 @@ lane, whichever process that is.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import uuid
 from typing import TYPE_CHECKING
 
 from sprite_agent import preconditions
@@ -72,7 +74,8 @@ class ControlEngine:
         self._folder = folder
         self._runtime = runtime
         self._read_loop = read_loop
-        self._owner = this_process()
+        # Two engines in one process must not take each other's rows for their own.
+        self._owner = f"{this_process()}/{uuid.uuid4().hex[:8]}"
         self._slots = threading.BoundedSemaphore(MAX_CONTROLS)
         # Guards the opening of the journal and the set of rows this process works on.
         self._lock = threading.Lock()
@@ -92,7 +95,9 @@ class ControlEngine:
         """
         for entry in self._opened().unfinished():
             if self._is_abandoned(entry):
-                self._finish_abandoned(entry)
+                # A command still runs in the repo: whoever asks for the key next finishes its row.
+                with contextlib.suppress(ControlBusy):
+                    self._finish_abandoned(entry)
 
     def execute(self, request: ControlRequest, *, deadline: float) -> ControlResult:
         """Runs the intent, or answers from the journal what has become of its key.
@@ -108,14 +113,20 @@ class ControlEngine:
         """
         if not self._slots.acquire(blocking=False):
             raise ControlBusy(f"{MAX_CONTROLS} controls are being worked on; try again in a second", retry_after=1.0)
+        started: tuple[ControlResult, Evidence] | None = None
+        is_ours = False
         try:
             journal = self._opened()
             entry = journal.find(request["loopId"], request["idempotencyKey"])
             if entry is None:
-                with self._folder.lane(LANE_WAIT):
+                with self._folder.lane(LANE_WAIT) as lane:
                     # Looked up again: the key may have been used while this call waited.
                     entry = journal.find(request["loopId"], request["idempotencyKey"])
-                    started = self._run(request) if entry is None else None
+                    if entry is None:
+                        with self._lock:
+                            self._working.add(_place(request))
+                        is_ours = True
+                        started = self._run(request, lane)
                 if started is not None:
                     result, baseline = started
                     return result if result["state"] == "done" else self._conclude(request, result, baseline)
@@ -123,8 +134,9 @@ class ControlEngine:
             return self._answer(request, entry, deadline)
         finally:
             self._slots.release()
-            with self._lock:
-                self._working.discard(_place(request))
+            if is_ours:
+                with self._lock:
+                    self._working.discard(_place(request))
 
     def result(self, loop_id: str, key: str) -> ControlResult:
         """What has become of a key so far.
@@ -143,20 +155,19 @@ class ControlEngine:
             entry = self._finish_abandoned(entry)
         return replayed(entry.result)
 
-    def _run(self, request: ControlRequest) -> tuple[ControlResult, Evidence]:
+    def _run(self, request: ControlRequest, lane: int) -> tuple[ControlResult, Evidence]:
         """Commits the row and runs the command, under the lane. The result so far, and the baseline."""
         self._files.require_loop(request["loopId"])
         reading = self._read_loop(request["loopId"])
         baseline = evidence_from(reading.snapshot, reading.last_event)
-        preconditions.check(request, reading.snapshot)
+        preconditions.check(request, reading.snapshot, reading.last_event)
         if preconditions.is_so_already(request, reading.snapshot):
             result = not_needed_result(request, baseline)
             return self._opened().begin(request, fingerprint(request), self._owner, result), baseline
         command = build_command(find_runtime(self._runtime), self._files.repo, request)
-        with self._lock:
-            self._working.add(_place(request))
         result = self._opened().begin(request, fingerprint(request), self._owner, executing_result(request, command))
-        outcome = run_command(command)
+        # The command holds the lane too: if this process is killed, no other command starts before it has ended.
+        outcome = run_command(command, keep_open=lane)
         result = {
             **result,
             "state": "executed",
@@ -209,7 +220,7 @@ class ControlEngine:
         return replayed(entry.result)
 
     def _finish_abandoned(self, entry: Entry) -> Entry:
-        """Finishes a row whose process is gone: by what shows now, never by running it again."""
+        """Finishes a row whose process is gone, by what the row says; nothing is run again."""
         with self._folder.lane(LANE_WAIT):
             current = self._opened().find(entry.result["loopId"], entry.result["idempotencyKey"])
             if current is not None and self._is_abandoned(current):
@@ -233,7 +244,7 @@ class ControlEngine:
         if entry.owner == self._owner:
             with self._lock:
                 return _place(entry.result) not in self._working
-        return not is_alive(entry.owner)
+        return not is_alive(entry.owner.partition("/")[0])
 
     def _evidence(self, loop_id: str) -> Evidence:
         reading = self._read_loop(loop_id)

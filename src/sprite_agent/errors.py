@@ -4,7 +4,8 @@ OpsError
 ├── Refused                      the answer is no; the same request will not do better
 │   ├── RequestRefused           INVALID_ARGUMENT: LOOP_ID_INVALID, INTENT_UNSUPPORTED, IDEMPOTENCY_KEY_MISSING,
 │   │                            IDEMPOTENCY_KEY_INVALID, ACTOR_INVALID, NOTE_INVALID, CURSOR_INVALID,
-│   │                            RESUME_TOKEN_INVALID, DEADLINE_INVALID, REQUEST_INVALID, UNKNOWN_FIELDS
+│   │                            RESUME_TOKEN_INVALID, DEADLINE_INVALID, REQUEST_INVALID, REQUEST_UNDECODABLE,
+│   │                            UNKNOWN_FIELDS
 │   ├── NotAuthenticated         UNAUTHENTICATED: TOKEN_MISSING, TOKEN_INVALID
 │   ├── NotFound                 NOT_FOUND: LOOP_NOT_FOUND, EVENTS_NOT_FOUND, CONTROL_NOT_FOUND
 │   ├── PositionLost             the cursor or token no longer fits the log:
@@ -137,6 +138,12 @@ class RequestInvalid(RequestRefused):
     """Another field is not as it must be; the violations name it."""
 
     reason = "REQUEST_INVALID"
+
+
+class RequestUndecodable(RequestRefused):
+    """The bytes are no message of the method."""
+
+    reason = "REQUEST_UNDECODABLE"
 
 
 class UnknownFields(RequestRefused):

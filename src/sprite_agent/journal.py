@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from sprite_agent.contract import json_text
-from sprite_agent.errors import IdempotencyKeyReused, JournalCorrupt, JournalUnavailable
+from sprite_agent.errors import ContractError, IdempotencyKeyReused, JournalCorrupt, JournalUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +101,7 @@ class Journal:
                 "SELECT sequence, fingerprint, owner, result FROM control WHERE loop_id = ? AND idempotency_key = ?",
                 (loop_id, key),
             ).fetchone()
-        return None if row is None else _entry(row)
+            return None if row is None else _entry(row)
 
     def unfinished(self) -> list[Entry]:
         """Rows that are not done, oldest first."""
@@ -109,7 +109,7 @@ class Journal:
             rows = tables.execute(
                 "SELECT sequence, fingerprint, owner, result FROM control WHERE state <> 'done' ORDER BY sequence"
             ).fetchall()
-        return [_entry(row) for row in rows]
+            return [_entry(row) for row in rows]
 
     def begin(self, request: ControlRequest, fingerprint: str, owner: str, result: ControlResult) -> ControlResult:
         """Commits the row of a new key, and gives back `result` with its place in the journal.
@@ -185,8 +185,10 @@ def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # no such table
+            raise JournalCorrupt(f"journal {path} is damaged: {error}") from error
         raise JournalUnavailable(f"journal {path}: {error}") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, ContractError) as error:
         raise JournalCorrupt(f"journal {path} is damaged: {error}") from error
     except OSError as error:
         raise JournalUnavailable(f"journal {path}: {error.strerror}") from error

@@ -31,7 +31,7 @@ def run_status(
         ("running", member(state, "active") is True and member(state, "current_loop_id") == loop_id),
         ("stopped", event_name(last_event) in _STOP_EVENTS),
         ("failed", member(last_event, "status") in _FAILURES),
-        ("idle", state is not None and state.get("active") in (None, False) and summary is not None),
+        ("idle", state is not None and _is_absent_or_false(state.get("active")) and summary is not None),
     )
     return next((status for status, holds in table if holds), "unknown")
 
@@ -40,3 +40,7 @@ def event_name(line: dict[str, Any] | None) -> Any:
     """The name in a raw event line: its event, else (in older logs) its type."""
     name = member(line, "event")
     return member(line, "type") if name is None else name
+
+
+def _is_absent_or_false(value: Any) -> bool:
+    return value is None or value is False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sprite_agent.contract.json_text import member
 from sprite_agent.errors import ApprovalChanged, ApprovalNotPending, IterationMismatch, LoopNotActive, RunMismatch
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 _DECISION = {"approve": "approved", "reject": "rejected"}
 
 
-def check(request: ControlRequest, snapshot: SnapshotEnvelope) -> None:
+def check(request: ControlRequest, snapshot: SnapshotEnvelope, last_event: dict[str, Any] | None) -> None:
     """Returns if the request fits the loop as it is.
+
+    The run at hand is, for a decision, that of the approval request; for a cancel that of the last event: a run that
+    has just started has no summary entry yet.
 
     Raises:
         RunMismatch, IterationMismatch, ApprovalChanged: it is not what the operator was shown.
@@ -26,10 +29,10 @@ def check(request: ControlRequest, snapshot: SnapshotEnvelope) -> None:
     approval = snapshot["runtime"]["approval"]
     if request["intent"] == "cancel":
         _check_active(request, snapshot)
-        run_id, iteration = snapshot["run"]["runId"], snapshot["run"]["iteration"]
-    else:
-        run_id = member(approval, "run_id") or snapshot["run"]["runId"]
-        iteration = whole_number(member(approval, "iteration") or snapshot["run"]["iteration"])
+    at_hand = last_event if request["intent"] == "cancel" else approval
+    run_id = member(at_hand, "run_id") or snapshot["run"]["runId"]
+    iteration = member(at_hand, "iteration")
+    iteration = snapshot["run"]["iteration"] if iteration is None else whole_number(iteration)
     if request.get("expectedRunId", run_id) != run_id:
         raise RunMismatch(
             f"run {run_id} is at hand, {request['expectedRunId']} was expected", details={"runId": run_id}

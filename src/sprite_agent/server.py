@@ -16,6 +16,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from sprite_agent.answers import DecodeGuard
 from sprite_agent.auth import TokenCheck
 from sprite_agent.control import MAX_CONTROLS
 from sprite_agent.errors import OpsError
@@ -114,7 +115,7 @@ async def running(config: ServeConfig) -> AsyncGenerator[str]:
         pool = stack.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"))
         server = grpc.aio.server(
             migration_thread_pool=pool,
-            interceptors=[TokenCheck(config.token)] if config.token is not None else [],
+            interceptors=[*([TokenCheck(config.token)] if config.token is not None else []), DecodeGuard(SERVICE_NAME)],
             options=OPTIONS,
         )
         identity = Identity(instance_id=uuid.uuid4().hex, sprite_id=config.sprite_id)

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
-import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import grpc
-import structlog
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from sprite_agent import __version__
+from sprite_agent.answers import Answer, answered, refuse_undecodable
 from sprite_agent.contract import clock, mirror
-from sprite_agent.contract.error_details import (
-    ERROR_ID_TRAILER,
-    EXECUTED_TRAILER,
-    SERVER_TIME_TRAILER,
-    STATUS_TRAILER,
-    TRACE_ID_TRAILER,
-    internal_error,
-    to_status,
-)
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS
 from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
-from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, OpsError, RequestInvalid, UnknownFields
+from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, RequestInvalid, UnknownFields
 from sprite_agent.event_stream import MAX_BATCH_EVENTS
 from sprite_agent.journal import RETENTION_SECONDS
 from sprite_agent.records import MAX_RECORD_BYTES
@@ -35,9 +23,9 @@ from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
-    from google.protobuf.message import Message
+    import grpc
 
     from sprite_agent.contract.streaming import EventBatch
     from sprite_agent.repo import Repo
@@ -47,9 +35,6 @@ MAX_REQUEST_BYTES = 64 * 1024
 MAX_STREAM_AGE = 3600.0
 """Seconds."""
 
-_R = TypeVar("_R", bound="Message")
-_log = structlog.get_logger("sprite_agent.service")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
@@ -58,29 +43,6 @@ class Identity:
     instance_id: str
     """Random per start."""
     sprite_id: str | None
-
-
-def answered(response: Callable[[], _R]) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
-    """Makes a unary handler answer by the rules: errors as statuses, trailers on every answer, one log line.
-
-    Statuses are set, not aborted with: that works on the aio server and in grpcio-testing alike.
-    """
-
-    def decorate(handler: Callable[..., _R]) -> Callable[..., _R]:
-        @functools.wraps(handler)
-        def call(self: SpriteAgentService, request: Any, context: grpc.ServicerContext) -> _R:
-            answer = _Answer(handler.__name__, request)
-            try:
-                result = handler(self, request, context)
-            except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
-                answer.fail(error, context)
-                return response()
-            answer.succeed(context, executed=_ran_now(result))
-            return result
-
-        return call
-
-    return decorate
 
 
 class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
@@ -137,16 +99,17 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         self, request: pb.StreamEventsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.StreamEventsResponse]:
         """See the proto."""
-        answer = _Answer("StreamEvents", request)
+        answer = Answer("StreamEvents", request, context)
         # At once: a peer that waits for the connection must not wait for the first event.
         await context.send_initial_metadata(())
         try:
+            refuse_undecodable(request)
             self._refuse_while_draining()
             async with contextlib.aclosing(self._repo.stream_events(_query(request))) as batches:
                 async for batch in batches:
                     yield _batch_to_message(batch)
         except (asyncio.CancelledError, GeneratorExit):
-            answer.hung_up(context)
+            answer.hung_up()
             raise
         except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
             answer.fail(error, context)
@@ -183,62 +146,6 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
     def _refuse_while_draining(self) -> None:
         if self._draining:
             raise Draining("the agent is about to stop; try again in a few seconds", retry_after=2.0)
-
-
-class _Answer:
-    """One call's answer: its status, trailers and log line."""
-
-    def __init__(self, method: str, request: Any) -> None:
-        self._method = method
-        self._trace_id: str | None = getattr(request, "trace_id", None) or None
-        self._started = time.monotonic()
-
-    def succeed(self, context: Any, *, executed: bool = False) -> None:
-        self._trailers(context, executed=executed)
-        _log.info("call", code="OK", **self._facts(context))
-
-    def fail(self, error: Exception, context: Any) -> None:
-        error_id = uuid.uuid4().hex[:12]
-        if isinstance(error, OpsError):
-            refusal = error
-            _log.info("call", code=error.status, reason=error.reason, error_id=error_id, **self._facts(context))
-        else:
-            refusal = internal_error(error_id)
-            _log.error("call", code="INTERNAL", error_id=error_id, exc_info=error, **self._facts(context))
-        status = to_status(refusal)
-        context.set_code(grpc.StatusCode[refusal.status])
-        context.set_details(status.message)
-        self._trailers(
-            context,
-            (ERROR_ID_TRAILER, error_id),
-            (STATUS_TRAILER, status.SerializeToString()),
-            executed=refusal.executed,
-        )
-
-    def hung_up(self, context: Any) -> None:
-        _log.info("call", code="CANCELLED", **self._facts(context))
-
-    def _trailers(self, context: Any, *more: tuple[str, str | bytes], executed: bool | None) -> None:
-        trailers: list[tuple[str, str | bytes]] = [
-            (EXECUTED_TRAILER, "unknown" if executed is None else str(executed).lower()),
-            (SERVER_TIME_TRAILER, clock.now()),
-            *more,
-        ]
-        if self._trace_id and self._trace_id.isascii() and self._trace_id.isprintable():
-            trailers.append((TRACE_ID_TRAILER, self._trace_id))
-        context.set_trailing_metadata(tuple(trailers))
-
-    def _facts(self, context: Any) -> dict[str, Any]:
-        try:
-            peer = context.peer()
-        except NotImplementedError:  # grpcio-testing has none
-            peer = None
-        return {
-            "method": self._method,
-            "trace_id": self._trace_id,
-            "peer": peer,
-            "seconds": round(time.monotonic() - self._started, 4),
-        }
 
 
 def _query(request: pb.StreamEventsRequest) -> EventQuery:
@@ -298,8 +205,3 @@ def _refuse_unknown_fields(request: pb.ExecuteControlRequest) -> None:
 
 def _optional(message: Any, field: str) -> str | None:
     return getattr(message, field) if message.HasField(field) else None
-
-
-def _ran_now(response: Message) -> bool:
-    """Whether this call, and not an earlier one, ran a command."""
-    return isinstance(response, pb.ExecuteControlResponse) and response.result.executed and not response.result.replayed

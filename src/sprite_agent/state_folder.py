@@ -58,8 +58,10 @@ class StateFolder:
             yield
 
     @contextlib.contextmanager
-    def lane(self, timeout: float) -> Iterator[None]:
+    def lane(self, timeout: float) -> Iterator[int]:
         """Held while a command runs: one at a time in the repo, whichever process runs it.
+
+        Gives the lock's descriptor: a process that inherits it keeps the lane if this one is killed.
 
         Raises:
             ControlBusy: another one still runs after `timeout` seconds.
@@ -71,7 +73,10 @@ class StateFolder:
                 if time.monotonic() >= until:
                     raise ControlBusy("another command runs in this repo; try again in a second", retry_after=1.0)
                 time.sleep(_POLL)
-            yield
+            try:
+                yield lock
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # also where some process still has the descriptor
 
 
 def default_path(repo: Path) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 MAX_PORT = 65535
+
+_HOST_PORT = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:\s/]+)):(?P<port>[0-9]{1,5})")
 
 
 def is_local(address: str) -> bool:
@@ -17,11 +20,12 @@ def is_local(address: str) -> bool:
         if address == "unix:":
             raise ValueError("'unix:' needs a path, as in unix:/run/sprite-agent/agent.sock")
         return True
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > MAX_PORT:
-        raise ValueError(f"{address!r} is not HOST:PORT or unix:PATH")
-    name = host.removeprefix("[").removesuffix("]")
+    match = _HOST_PORT.fullmatch(address)
+    if match is None or int(match["port"]) > MAX_PORT:
+        raise ValueError(
+            f"{address!r} is not HOST:PORT or unix:PATH; an IPv6 address stands in brackets, as in [::1]:PORT"
+        )
     try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+        return match["name"] == "localhost" or ipaddress.ip_address(match["v6"] or match["name"]).is_loopback
     except ValueError:
         return False
