@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 _R = TypeVar("_R", bound="Message")
+_MAX_TRACE_ID = 256
+"""A longer one is not given back in the trailers."""
+
 _log = structlog.get_logger("sprite_agent.service")
 
 
@@ -100,8 +103,9 @@ class Answer:
             (SERVER_TIME_TRAILER, clock.now()),
             *more,
         ]
-        if self._trace_id and self._trace_id.isascii() and self._trace_id.isprintable():
-            trailers.append((TRACE_ID_TRAILER, self._trace_id))
+        trace_id = self._trace_id
+        if trace_id and len(trace_id) <= _MAX_TRACE_ID and trace_id.isascii() and trace_id.isprintable():
+            trailers.append((TRACE_ID_TRAILER, trace_id))
         context.set_trailing_metadata(tuple(trailers))
 
     def _facts(self) -> dict[str, Any]:

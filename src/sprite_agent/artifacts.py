@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import stat
 import time
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sprite_agent.contract import json_text
-from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, ContractError, LoopIdInvalid, LoopNotFound
+from sprite_agent.contract.loop_ids import LOOP_ID, check_loop_id
+from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, ContractError, LoopNotFound
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,6 @@ MAX_SUMMARY_BYTES = 8 * 1024 * 1024
 
 _MAX_READS = 6
 _REREAD_PAUSE = 0.02
-_LOOP_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +65,7 @@ def loop_paths(loop_id: str) -> LoopPaths:
     Raises:
         LoopIdInvalid: the id is not a single plain path component.
     """
-    if not _LOOP_ID.fullmatch(loop_id):
-        raise LoopIdInvalid(
-            f"loop id {loop_id!r} is not valid: 1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first, no '..'",
-            details={"loopId": loop_id},
-            violations=[("loop_id", "must match [A-Za-z0-9][A-Za-z0-9._-]{0,63} and have no '..'")],
-        )
+    check_loop_id(loop_id)
     root = LOOPS / loop_id
     return LoopPaths(
         root=root,
@@ -136,7 +130,7 @@ class ArtifactFiles:
                 names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         finally:
             os.close(folder)
-        return sorted(name for name in names if _LOOP_ID.fullmatch(name))
+        return sorted(name for name in names if LOOP_ID.fullmatch(name))
 
     def read_document(self, path: PurePosixPath, *, limit: int = MAX_DOCUMENT_BYTES) -> Document:
         """The JSON object in the file at `path`, of at most `limit` bytes.

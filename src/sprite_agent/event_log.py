@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from sprite_agent.artifacts import loop_paths
-from sprite_agent.errors import CursorBeyondEnd, CursorInvalid, EventsNotFound, LogReplaced, ResumeTokenInvalid
+from sprite_agent.errors import CursorBeyondEnd, EventsNotFound, LogReplaced, ResumeTokenInvalid
 from sprite_agent.records import START, Position, RecordReader
 from sprite_agent.resume import Trail, check_token, parse_token
 
@@ -81,14 +81,9 @@ class EventLog:
         """A reader of the records after line `line` (of a record over several lines, its last counts).
 
         Raises:
-            CursorInvalid: the line is negative.
             CursorBeyondEnd: the log has fewer lines.
             EventsNotFound, LoopNotFound, ArtifactNotRegular
         """
-        if line < 0:
-            raise CursorInvalid(
-                f"cursor {line} is negative; 0 starts from the first line", violations=[("event_line_offset", "< 0")]
-            )
         with self._kept_open() as log:
             with self._lock:
                 view = self._view(log)

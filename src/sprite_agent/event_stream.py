@@ -8,11 +8,12 @@ import math
 import random
 import time
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord
-from sprite_agent.errors import ContractError, EventMalformed, RequestInvalid
+from sprite_agent.errors import ContractError, EventMalformed
 from sprite_agent.events import EventContext, build_event
 from sprite_agent.records import Position
 
@@ -31,7 +32,6 @@ MAX_BATCH_BYTES = 128 * 1024
 """Of raw lines; one longer record makes a batch of its own."""
 QUIET_PAUSE = 0.002
 """Seconds between two batches of a busy stream: at once when quiet, never one message per append."""
-HEARTBEAT_RANGE = (0.1, 60.0)
 
 
 class StreamEnd:
@@ -59,7 +59,6 @@ async def stream_events(
         CursorBeyondEnd, LogReplaced, LogTruncated: the position is not, or no longer, one of this log.
         CursorInvalid, ResumeTokenInvalid, RequestInvalid, LoopNotFound, EventsNotFound, ArtifactNotRegular
     """
-    _check(query)
     with folders.follow(repo / log.path.parent) as changes:
         stream = _Stream(log, query, str(repo), end)
         try:
@@ -69,19 +68,6 @@ async def stream_events(
                     yield batch
         finally:
             stream.close()
-
-
-def _check(query: EventQuery) -> None:
-    low, high = HEARTBEAT_RANGE
-    if query.max_events < 0:
-        raise RequestInvalid(
-            f"max_events {query.max_events} is negative; 0 means no limit", violations=[("max_events", "< 0")]
-        )
-    if not low <= query.heartbeat_interval <= high:
-        raise RequestInvalid(
-            f"heartbeat interval {query.heartbeat_interval} s is not within {low} to {high} s",
-            violations=[("heartbeat_interval", f"not within {low} to {high} s")],
-        )
 
 
 class _Stream:
@@ -181,7 +167,7 @@ class _Stream:
                 events.append(build_event(record, context))
             except ContractError as error:
                 if not self._query.skip_malformed:
-                    return self._batch(events, skipped), _malformed(record, error)
+                    return replace(self._batch(events, skipped), caught_up=False), _malformed(record, error)
                 skipped.append(_skipped(record, error))
             else:
                 self._last_line = record.last_line

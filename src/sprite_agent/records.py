@@ -18,7 +18,8 @@ from sprite_agent.json_prefix import ObjectPrefix, Verdict
 MAX_RECORD_BYTES = 1024 * 1024
 """A longer record is malformed. Of a longer line only size, digest and beginning are kept."""
 
-_EXCERPT_BYTES = 200
+_EXCERPT_CHARACTERS = 200
+_EXCERPT_BYTES = 4 * _EXCERPT_CHARACTERS
 _NOT_CONTINUED = "the beginning of an object that the next lines do not go on with"
 _INTERRUPTED = "an object that an overlong line interrupts"
 
@@ -64,7 +65,7 @@ class Record(NamedTuple):
     @property
     def excerpt(self) -> str:
         """Its beginning, for people; bytes that are not UTF-8 are escaped."""
-        return self.text[:_EXCERPT_BYTES].decode(errors="backslashreplace")
+        return self.text[:_EXCERPT_BYTES].decode(errors="backslashreplace")[:_EXCERPT_CHARACTERS]
 
 
 class RecordReader:

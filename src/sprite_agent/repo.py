@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.artifacts import ArtifactFiles
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, check_request
+from sprite_agent.contract.streaming import check_query
 from sprite_agent.control import ControlEngine
 from sprite_agent.event_log import EventLog
 from sprite_agent.event_stream import StreamEnd, stream_events
@@ -82,6 +83,7 @@ class Repo:
 
     async def stream_events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """The batches of one subscription; see `event_stream.stream_events` for its promises."""
+        check_query(query)
         self._files.require_loop(query.loop_id)
         log = self._log(query.loop_id)
         batches = stream_events(log, query, repo=self.path, folders=self._folders, end=self._stream_end)

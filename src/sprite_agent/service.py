@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 API_REVISION = 1
 MAX_REQUEST_BYTES = 64 * 1024
+CLOCK_SLACK = 0.5
+"""Seconds: a deadline of exactly the maximum must not be refused for what rounding adds."""
 MAX_STREAM_AGE = 3600.0
 """Seconds."""
 
@@ -123,7 +125,7 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         """See the proto."""
         self._refuse_while_draining()
         remaining = context.time_remaining()
-        if not remaining or remaining > MAX_CONTROL_DEADLINE:
+        if not remaining or remaining > MAX_CONTROL_DEADLINE + CLOCK_SLACK:
             raise DeadlineInvalid(f"a control needs a deadline of at most {MAX_CONTROL_DEADLINE:.0f} s")
         _refuse_unknown_fields(request)
         try:

@@ -9,6 +9,7 @@ import msgspec
 
 from sprite_agent.artifacts import ACTIVE_RUN, MAX_DOCUMENT_BYTES, MAX_SUMMARY_BYTES, STATE
 from sprite_agent.contract import clock, json_text
+from sprite_agent.contract.envelopes import GATES
 from sprite_agent.contract.json_text import member
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ArtifactMalformed, ContractError, EventMalformed
@@ -120,8 +121,8 @@ def build_snapshot(
                 member(found.run_summary.value, "updated_at") or member(summary, "ended_at")
             ),
             "hasPendingApproval": member(approval, "status") == "pending",
-            "gates": member(summary, "gates"),
-            "stuck": member(summary, "stuck"),
+            "gates": _gates(member(summary, "gates")),
+            "stuck": _stuck(member(summary, "stuck")),
         },
     }
     try:
@@ -161,3 +162,23 @@ def _latest_entry(document: Document) -> OpenObject | None:
 
 def _first_iteration(*candidates: dict[str, Any] | None) -> Any:
     return next((found["iteration"] for found in candidates if found and found.get("iteration") is not None), 0)
+
+
+def _gates(value: Any) -> Any:
+    """Gates in one order, whatever the runtime's: those of the contract, then the others by name."""
+    if not isinstance(value, dict):
+        return value
+    others = sorted(value.keys() - set(GATES))
+    return {name: value[name] for name in (*GATES, *others) if name in value}
+
+
+def _stuck(value: Any) -> Any:
+    """Likewise, and whole numbers as such, however they are spelled."""
+    if not isinstance(value, dict):
+        return value
+    ordered = {name: value[name] for name in ("streak", "threshold") if name in value} | value
+    return {name: _as_whole(item) for name, item in ordered.items()}
+
+
+def _as_whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -13,8 +13,9 @@ from opsmgr.errors import NoAnswer, TransportRefused
 from opsmgr.transport.base import AgentInfo, Attempts, Snapshot
 from opsmgr.transport.retry import Retries, RetryPolicy, retried
 from sprite_agent.contract import error_details, mirror
-from sprite_agent.contract.requests import DEFAULT_TIMEOUT, MAX_CONTROL_DEADLINE
-from sprite_agent.contract.streaming import EventBatch, SkippedRecord
+from sprite_agent.contract.loop_ids import check_loop_id
+from sprite_agent.contract.requests import DEFAULT_TIMEOUT, MAX_CONTROL_DEADLINE, check_request
+from sprite_agent.contract.streaming import EventBatch, SkippedRecord, check_query
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ContractError, InternalError
 from sprite_agent.v1 import service_pb2 as pb
@@ -94,6 +95,7 @@ class SpriteServiceTransport:
 
     async def snapshot(self, loop_id: str, *, trace_id: str | None = None, run_id: str | None = None) -> Snapshot:
         """See `base.Transport`."""
+        check_loop_id(loop_id)
         request = pb.GetSnapshotRequest(loop_id=loop_id, trace_id=trace_id, run_id=run_id)
         answer: pb.GetSnapshotResponse = await self._ask(self._agent.GetSnapshot, request, READ_TIMEOUT)
         envelope = mirror.snapshot_from_message(answer.snapshot)
@@ -102,6 +104,7 @@ class SpriteServiceTransport:
 
     async def events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """See `base.Transport`."""
+        check_query(query)
         call = self._agent.StreamEvents(_stream_request(query), metadata=self._metadata)
         silence = MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT
         try:
@@ -122,7 +125,7 @@ class SpriteServiceTransport:
 
     async def execute(self, request: ControlRequest) -> ControlResult:
         """See `base.Transport`."""
-        message = mirror.request_to_message(request)
+        message = mirror.request_to_message(check_request(dict(request)))
         confirmation = request.get("confirmation", {})
         waits = confirmation.get("mode") != "skip"
         timeout = COMMAND_ALLOWANCE + (confirmation.get("timeoutSeconds", DEFAULT_TIMEOUT) if waits else 0)
@@ -180,7 +183,7 @@ def _text(value: str | bytes | None) -> str | None:
 def _stream_request(query: EventQuery) -> pb.StreamEventsRequest:
     request = pb.StreamEventsRequest(
         loop_id=query.loop_id,
-        max_events=query.max_events,
+        max_events=min(query.max_events, 2**63 - 1),
         follow=query.follow,
         skip_malformed=query.skip_malformed,
         trace_id=query.trace_id,

@@ -17,6 +17,10 @@ ControlStatus = Literal["confirmed", "executed_unconfirmed", "ambiguous", "faile
 ControlEffect = Literal["none", "decision_recorded", "completed"]
 
 
+GATES = ("tests", "validation", "prerequisites", "checklist", "evidence", "approval")
+"""The gates of the contract, in its order; the runtime may add more."""
+
+
 class Source(TypedDict):
     """Where the facts were read."""
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sprite_agent.contract.envelopes import GATES
 from sprite_agent.contract.mirror_values import (
     Enumeration,
     nullable_from,
@@ -52,8 +53,6 @@ _STATE = Enumeration(control_pb2.ControlState.DESCRIPTOR)
 _STATUS = Enumeration(control_pb2.ControlStatus.DESCRIPTOR)
 _EFFECT = Enumeration(control_pb2.ControlEffect.DESCRIPTOR)
 _REQUIRED_EFFECT = Enumeration(control_pb2.RequiredEffect.DESCRIPTOR)
-
-_GATES = ("tests", "validation", "prerequisites", "checklist", "evidence", "approval")
 
 
 # Events: the hot path.
@@ -422,8 +421,8 @@ def _health_to_message(health: SnapshotHealth) -> envelopes_pb2.SnapshotHealth:
     if (gates := health["gates"]) is not None:
         message.gates.CopyFrom(
             envelopes_pb2.Gates(
-                **{name: gates[name] for name in _GATES},
-                additional={name: result for name, result in gates.items() if name not in _GATES},
+                **{name: gates[name] for name in GATES},
+                additional={name: result for name, result in gates.items() if name not in GATES},
             )
         )
     if (stuck := health["stuck"]) is not None:
@@ -432,9 +431,9 @@ def _health_to_message(health: SnapshotHealth) -> envelopes_pb2.SnapshotHealth:
 
 
 def _gates_from(message: envelopes_pb2.Gates) -> dict[str, str]:
-    if doubled := [name for name in _GATES if name in message.additional]:
+    if doubled := [name for name in GATES if name in message.additional]:
         raise ContractError("stands among the additional gates", path=f"health.gates.{doubled[0]}")
-    gates = {name: getattr(message, name) for name in _GATES}
+    gates = {name: getattr(message, name) for name in GATES}
     return gates | {name: message.additional[name] for name in sorted(message.additional)}
 
 

@@ -17,7 +17,8 @@ def read_token(path: Path | None, variable: str) -> str | None:
         ValueError: the file can't be read, is empty, holds more than a token, or others may read it.
     """
     if path is None:
-        return os.environ.get(variable) or None
+        token = os.environ.get(variable, "").strip()
+        return _checked(token, f"${variable}") if token else None
     try:
         with path.open() as file:
             if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -27,6 +28,10 @@ def read_token(path: Path | None, variable: str) -> str | None:
         raise ValueError(f"token file {path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"token file {path} is no text") from error
-    if not token.isascii() or len(token.split()) != 1:
-        raise ValueError(f"token file {path} must hold one token and nothing else")
+    return _checked(token, f"token file {path}")
+
+
+def _checked(token: str, where: str) -> str:
+    if not token.isascii() or not token.isprintable() or len(token.split()) != 1:
+        raise ValueError(f"{where} must hold one token and nothing else, in printable ASCII")
     return token

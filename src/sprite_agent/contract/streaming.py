@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sprite_agent.contract.loop_ids import check_loop_id
+from sprite_agent.errors import CursorInvalid, RequestInvalid, ResumeTokenInvalid
+
 if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import Cursor, EventEnvelope
 
 DEFAULT_HEARTBEAT = 10.0
 """How long a following stream may be silent, in seconds."""
+HEARTBEAT_RANGE = (0.1, 60.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +34,35 @@ class EventQuery:
     heartbeat_interval: float = DEFAULT_HEARTBEAT
     """Longest silence of a following stream, in seconds."""
     trace_id: str | None = None
+
+
+def check_query(query: EventQuery) -> None:
+    """Returns if `query` can be asked; both sides check alike.
+
+    Raises:
+        LoopIdInvalid, CursorInvalid, ResumeTokenInvalid, RequestInvalid: by the field at fault.
+    """
+    check_loop_id(query.loop_id)
+    if not 0 <= query.after_line < 2**63:
+        raise CursorInvalid(
+            f"cursor {query.after_line} is no line; 0 starts from the first",
+            violations=[("event_line_offset", "not within 0 to 2^63-1")],
+        )
+    if query.resume_token is not None and not query.resume_token.isascii():
+        raise ResumeTokenInvalid(
+            f"{query.resume_token[:80]!a} is not a resume token; leave it out to start from the first line",
+            violations=[("resume_token", "not a token that an agent made")],
+        )
+    if query.max_events < 0:
+        raise RequestInvalid(
+            f"max_events {query.max_events} is negative; 0 means no limit", violations=[("max_events", "< 0")]
+        )
+    low, high = HEARTBEAT_RANGE
+    if not low <= query.heartbeat_interval <= high:
+        raise RequestInvalid(
+            f"heartbeat interval {query.heartbeat_interval} s is not within {low} to {high} s",
+            violations=[("heartbeat_interval", f"not within {low} to {high} s")],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
