@@ -7,12 +7,14 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from opsmgr import store as files
-from opsmgr.errors import NoAnswer
+from opsmgr.errors import InputInvalid, NoAnswer
 from sprite_agent.contract import clock
 from sprite_agent.contract.requests import EXIT_CODES
 from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opsmgr.store import LoopStore
     from opsmgr.transport.base import Transport
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult, Intent
@@ -25,8 +27,12 @@ def new_key(intent: Intent) -> str:
     return f"{intent}-{uuid.uuid4()}"
 
 
-async def send(transport: Transport, store: LoopStore, request: ControlRequest) -> ControlResult:
+async def send(
+    transport: Transport, store: LoopStore, request: ControlRequest, *, tell: Callable[[str], None] = lambda _: None
+) -> ControlResult:
     """Sends an intent and records it in intents.jsonl, however it comes out.
+
+    A record that can't be written does not change how the intent came out: `tell` is told of it.
 
     Raises:
         NoAnswer: what became of it is unknown; the same request with the same key finds out.
@@ -36,10 +42,17 @@ async def send(transport: Transport, store: LoopStore, request: ControlRequest) 
     try:
         result = await transport.execute(request)
     except OpsError as error:
-        files.append(store.intents, _record(transport, request, _failed(error)))
+        _keep(store, _record(transport, request, _failed(error)), tell)
         raise
-    files.append(store.intents, _record(transport, request, _came_out(result)))
+    _keep(store, _record(transport, request, _came_out(result)), tell)
     return result
+
+
+def _keep(store: LoopStore, record: dict[str, Any], tell: Callable[[str], None]) -> None:
+    try:
+        files.append(store.intents, record)
+    except InputInvalid as error:
+        tell(f"the intent is not recorded: {error}")
 
 
 def _came_out(result: ControlResult) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _count(document: dict[str, Any], name: str, path: Path) -> int:
     value = document.get(name)
     if value is None:
         return 0
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise InputInvalid(
             f"cursor file {path}: {name} is {value!r}, not a whole number >= 0; reset it or use --from-start"
         )

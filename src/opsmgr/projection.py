@@ -70,7 +70,7 @@ def project(
         "source": snapshot["source"],
         "run": {"runId": snapshot["run"]["runId"], "iteration": snapshot["run"]["iteration"]},
         "transition": {
-            "previousState": member(member(previous, "transition"), "currentState") or "none",
+            "previousState": _previous_state(previous),
             "triggeringSignal": f"event:{name}" if last else f"snapshot_status:{status}",
             "currentState": status,
             "confidence": "low" if diverges else "high" if last else "medium",
@@ -112,3 +112,8 @@ def _check(kind: str, loop_id: str, envelope: SnapshotEnvelope | EventEnvelope, 
 def _previous_offset(previous: dict[str, Any] | None) -> int:
     offset = member(member(previous, "cursor"), "eventLineOffset")
     return offset if type(offset) is int else 0
+
+
+def _previous_state(previous: dict[str, Any] | None) -> str:
+    state = member(member(previous, "transition"), "currentState")
+    return state if isinstance(state, str) and state else "none"

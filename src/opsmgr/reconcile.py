@@ -170,17 +170,17 @@ def _conclude(
     drifted_before = member(sequence, "driftActive") is True
     if failure is None and envelope is not None:
         sequence = check_sequence(envelope, done.events, None if done.lost or options.from_start else sequence)
-    heartbeat = member(member(envelope, "runtime"), "heartbeat")  # type: ignore[arg-type]  # a TypedDict is a dict
+    heartbeat = member(member(envelope, "runtime"), "heartbeat")
     health = judge(
         Figures(
             transport=transport.name,
             failure_code=failure_code,
             last_failure_code=transport_health["lastFailureCode"],
             failure_streak=transport_health["failureStreak"],
-            last_event_at=member(member(last_state, "projection"), "lastEventAt"),
-            last_heartbeat_at=member(heartbeat, "timestamp") or member(heartbeat, "updatedAt"),
-            last_control_status=member(files.last_line(store.intents), "status"),
-            lifecycle_state=member(member(last_state, "projection"), "status"),
+            last_event_at=_text(member(member(last_state, "projection"), "lastEventAt")),
+            last_heartbeat_at=_text(member(heartbeat, "timestamp")) or _text(member(heartbeat, "updatedAt")),
+            last_control_status=_text(member(files.last_line(store.intents), "status")),
+            lifecycle_state=_text(member(member(last_state, "projection"), "status")),
             diverges=member(member(done.state, "divergence"), "any") is True,
             sequence=sequence,
         ),
@@ -189,7 +189,7 @@ def _conclude(
         trace_id=options.trace_id,
     )
     validate("manager_health", health)
-    last_health = files.load(store.health)
+    last_health = files.load_if_readable(store.health)
     if failure is None and done.state is not None and envelope is not None:
         done.state |= {"health": health, "trace": {"reconcileTraceId": options.trace_id}, "sequence": sequence}
         validate("manager_state", done.state)
@@ -236,7 +236,7 @@ def _escalations(
 def _transport_health(
     transport: Transport, store: LoopStore, options: ReconcileOptions, failure_code: str | None
 ) -> dict[str, Any]:
-    last = files.load(store.transport_health) or {}
+    last = files.load_if_readable(store.transport_health) or {}
     now = clock.now()
     streak = last.get("failureStreak")
     document = {
@@ -261,3 +261,7 @@ def _failure_code(transport: Transport, stage: str, failure: OpsError) -> str:
         if isinstance(failure, NoAnswer):
             return "service_request_failed"
     return stage
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

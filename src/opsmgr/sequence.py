@@ -27,7 +27,7 @@ def check_sequence(
     """
     violations: list[str] = []
     before = _number(member(previous, "lastSnapshotSequence"))
-    now = member(snapshot.get("sequence"), "value")  # type: ignore[arg-type]  # a TypedDict is a dict
+    now = member(snapshot.get("sequence"), "value")
     if now is None:
         violations.append("snapshot_sequence_missing")
     elif before is not None and now < before:
@@ -36,7 +36,7 @@ def check_sequence(
     last = _number(member(previous, "lastEventSequence"))
     in_batch: int | None = None
     for event in events:
-        value = member(event.get("sequence"), "value")  # type: ignore[arg-type]  # likewise
+        value = member(event.get("sequence"), "value")
         if value is None:
             violations.append("event_sequence_missing")
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -37,8 +38,11 @@ class LoopStore:
         Raises:
             LoopLocked: one is at work.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InputInvalid(f"{self.folder} can't be used: {error.strerror}") from error
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,6 +71,14 @@ def load(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise InputInvalid(f"{path} can't be read: {error.strerror}") from error
     return _object(content, str(path))
+
+
+def load_if_readable(path: Path) -> dict[str, Any] | None:
+    """Likewise for a file that is about to be replaced: None also where it can't be read."""
+    try:
+        return load(path)
+    except InputInvalid:
+        return None
 
 
 def load_document(path: Path) -> dict[str, Any]:
@@ -149,7 +161,10 @@ def append(path: Path, document: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            os.write(descriptor, line)
+            before = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, before)  # half a line would spoil the next one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
     except OSError as error:

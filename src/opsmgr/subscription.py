@@ -41,8 +41,10 @@ async def subscribe(
         OpsError: refused, or no answer within the policy.
     """
     retries = Retries(policy=policy or RetryPolicy(), attempts=transport.attempts)
-    wanted, received, caught_up = query.max_events, 0, False
+    policy = retries.policy
+    wanted, received, caught_up, fruitless = query.max_events, 0, False, 0
     while True:
+        before = received
         try:
             async with contextlib.aclosing(transport.events(query)) as batches:
                 async for batch in batches:
@@ -61,5 +63,8 @@ async def subscribe(
         else:
             if 0 < wanted <= received or (caught_up and not query.follow):
                 return
+            fruitless = fruitless + 1 if received == before else 0
+            if fruitless:
+                await asyncio.sleep(policy.backoff(fruitless, None))
         if wanted:
             query = replace(query, max_events=wanted - received)

@@ -6,6 +6,7 @@ Statuses are set, not aborted with: that works on the aio server and in grpcio-t
 from __future__ import annotations
 
 import functools
+import threading
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,7 @@ from sprite_agent.v1 import service_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from types import TracebackType
 
     from google.protobuf.message import Message
 
@@ -40,24 +42,44 @@ _log = structlog.get_logger("sprite_agent.service")
 
 
 def answered(response: Callable[[], _R]) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
-    """Makes a unary handler answer by the rules."""
+    """Makes a unary handler of a servicer, which counts them in `calls`, answer by the rules."""
 
     def decorate(handler: Callable[..., _R]) -> Callable[..., _R]:
         @functools.wraps(handler)
         def call(self: Any, request: Any, context: grpc.ServicerContext) -> _R:
             answer = Answer(handler.__name__, request, context)
-            try:
-                refuse_undecodable(request)
-                result = handler(self, request, context)
-            except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
-                answer.fail(error, context)
-                return response()
-            answer.succeed(context, executed=_ran_now(result))
-            return result
+            with self.calls:
+                try:
+                    refuse_undecodable(request)
+                    result = handler(self, request, context)
+                except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
+                    answer.fail(error, context)
+                    return response()
+                answer.succeed(context, executed=_ran_now(result))
+                return result
 
         return call
 
     return decorate
+
+
+class OpenCalls:
+    """Counts the calls that are being answered; entered with each."""
+
+    def __init__(self) -> None:
+        # Guards the count: plain handlers run in threads.
+        self._lock = threading.Lock()
+        self.open = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.open += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self.open -= 1
 
 
 class Answer:

@@ -79,7 +79,10 @@ def _refusing(handler: Any, refusal: NotAuthenticated, error_id: str) -> grpc.Rp
         await context.abort(grpc.StatusCode[refusal.status], refusal.message, trailers)
 
     async def refuse_stream(_request: Any, context: Any) -> AsyncIterator[Any]:
-        await context.abort(grpc.StatusCode[refusal.status], refusal.message, trailers)
+        context.set_code(grpc.StatusCode[refusal.status])
+        context.set_details(refusal.message)
+        context.set_trailing_metadata(trailers)
+        return
         yield  # never reached: it makes this a stream
 
     if handler.request_streaming:

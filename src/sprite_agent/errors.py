@@ -42,12 +42,14 @@ class OpsError(Exception):
         retryable: the same request may do better later.
         executed: whether the attempt ran an intent; None: unknown.
         error_id: finds the agent's log line; None: it has none.
+        attempts: calls made until it was raised.
     """
 
     status: ClassVar[str]
     reason: ClassVar[str]
     retryable: bool = False
     executed: bool | None = False
+    attempts: int = 1
 
     def __init__(
         self,

@@ -274,9 +274,10 @@ class _Overlong:
     def __init__(self, data: bytes) -> None:
         self.size = 0
         self.digest = hashlib.sha256()
-        self.beginning = data[:_EXCERPT_BYTES]
+        self.beginning = b""
         self.add(data)
 
     def add(self, data: bytes) -> None:
+        self.beginning += data[: _EXCERPT_BYTES - len(self.beginning)]
         self.size += len(data)
         self.digest.update(data)

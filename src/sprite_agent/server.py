@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,13 +29,16 @@ from sprite_agent.v1 import service_pb2, service_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from sprite_agent.answers import OpenCalls
     from sprite_agent.config import ServeConfig
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["SpriteAgentService"].full_name
 THREADS = 2 * MAX_CONTROLS
 """For the plain handlers. Controls, which may wait long, never take more than half."""
-DRAIN_GRACE = 45.0
+CONTROL_GRACE = 45.0
 """Seconds: a command's time limit, and time to record its outcome."""
+STREAM_GRACE = 2.0
+"""Seconds for the last batch of a stream to be read."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -132,8 +137,7 @@ async def running(config: ServeConfig) -> AsyncGenerator[str]:
             yield address
         finally:
             await healths.enter_graceful_shutdown()
-            service.drain()
-            await server.stop(DRAIN_GRACE)
+            await _drain(server, service)
 
 
 async def _recover(repo: Repo) -> None:
@@ -146,7 +150,28 @@ async def _recover(repo: Repo) -> None:
         _log.error("journal", reason=error.reason, message=str(error))
 
 
+async def _drain(server: grpc.aio.Server, service: SpriteAgentService) -> None:
+    """Takes no new calls, lets control finish and streams say where to resume, then ends whoever is left.
+
+    Left are those who watch the health of a server, which has no end, and those who do not read what they are sent.
+    """
+    service.drain()
+    stopping = asyncio.ensure_future(server.stop(CONTROL_GRACE + STREAM_GRACE))
+    await _until_none(service.calls, CONTROL_GRACE)
+    await _until_none(service.streams, STREAM_GRACE)
+    await server.stop(None)
+    await stopping
+
+
+async def _until_none(calls: OpenCalls, timeout: float) -> None:  # noqa: ASYNC109  # a limit, not a failure
+    until = time.monotonic() + timeout
+    while calls.open and time.monotonic() < until:  # noqa: ASYNC110  # counted in threads, awaited once
+        await asyncio.sleep(0.02)
+
+
 def _bind(server: grpc.aio.Server, listen: str) -> str:
+    if listen.startswith("unix:"):
+        _refuse_if_in_use(listen.removeprefix("unix:"))
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
@@ -156,3 +181,13 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
         os.chmod(path, 0o600)  # noqa: PTH101  # beside Path.chmod it follows nothing more
         return listen
     return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _refuse_if_in_use(path: str) -> None:
+    """GRPC takes a Unix socket from whoever listens on it; one that was left behind may be taken."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise ServeError(f"can't listen on unix:{path}: another process does")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from sprite_agent import __version__
-from sprite_agent.answers import Answer, answered, refuse_undecodable
+from sprite_agent.answers import Answer, OpenCalls, answered, refuse_undecodable
 from sprite_agent.contract import clock, mirror
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS
 from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 API_REVISION = 1
 MAX_REQUEST_BYTES = 64 * 1024
-CLOCK_SLACK = 0.5
-"""Seconds: a deadline of exactly the maximum must not be refused for what rounding adds."""
+ROUNDING = 1.0
+"""Seconds: gRPC sends a deadline rounded up to whole ones, and exactly the maximum must not be refused."""
 MAX_STREAM_AGE = 3600.0
 """Seconds."""
 
@@ -54,6 +54,8 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         self._repo = repo
         self._identity = identity
         self._draining = False
+        self.calls = OpenCalls()
+        self.streams = OpenCalls()
 
     def drain(self) -> None:
         """Ends the streams, and refuses new streams and control from now on."""
@@ -104,19 +106,20 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         answer = Answer("StreamEvents", request, context)
         # At once: a peer that waits for the connection must not wait for the first event.
         await context.send_initial_metadata(())
-        try:
-            refuse_undecodable(request)
-            self._refuse_while_draining()
-            async with contextlib.aclosing(self._repo.stream_events(_query(request))) as batches:
-                async for batch in batches:
-                    yield _batch_to_message(batch)
-        except (asyncio.CancelledError, GeneratorExit):
-            answer.hung_up()
-            raise
-        except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
-            answer.fail(error, context)
-        else:
-            answer.succeed(context)
+        with self.streams:
+            try:
+                refuse_undecodable(request)
+                self._refuse_while_draining()
+                async with contextlib.aclosing(self._repo.stream_events(_query(request))) as batches:
+                    async for batch in batches:
+                        yield _batch_to_message(batch)
+            except (asyncio.CancelledError, GeneratorExit):
+                answer.hung_up()
+                raise
+            except Exception as error:  # noqa: BLE001  # nothing of it may reach the peer; logged with its trace
+                answer.fail(error, context)
+            else:
+                answer.succeed(context)
 
     @answered(pb.ExecuteControlResponse)
     def ExecuteControl(
@@ -125,7 +128,7 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         """See the proto."""
         self._refuse_while_draining()
         remaining = context.time_remaining()
-        if not remaining or remaining > MAX_CONTROL_DEADLINE + CLOCK_SLACK:
+        if not remaining or remaining >= MAX_CONTROL_DEADLINE + ROUNDING:
             raise DeadlineInvalid(f"a control needs a deadline of at most {MAX_CONTROL_DEADLINE:.0f} s")
         _refuse_unknown_fields(request)
         try:

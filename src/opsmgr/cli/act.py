@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from opsmgr.cli.output import EXIT_AMBIGUOUS, for_people, note, print_json, printable, reported
-from opsmgr.cli.target import target_options
+from opsmgr.cli.target import Seconds, target_options
 
 if TYPE_CHECKING:
     from opsmgr.cli.target import Target
@@ -36,7 +36,7 @@ _REQUIRED = {"completion": "completed", "decision": "decision_recorded"}
 @click.option("--idempotency-key", help="Asking again with the same key runs nothing twice. [default: a new one]")
 @click.option(
     "--timeout-seconds",
-    type=click.FloatRange(0, 120),
+    type=Seconds(0, 120),
     default=30.0,
     show_default=True,
     help="How long to look for the effect.",
@@ -96,7 +96,7 @@ def control(
 
         async with target.connected() as transport:
             try:
-                return await send(transport, target.store(), request)
+                return await send(transport, target.store(), request, tell=note)
             except NoAnswer:
                 note(f"the outcome is unknown; find out with --idempotency-key {key}")
                 raise
@@ -114,12 +114,8 @@ def control(
 @target_options
 @_INTENT
 @_EFFECT
-@click.option(
-    "--timeout-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="How long to look."
-)
-@click.option(
-    "--interval-seconds", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Between two looks."
-)
+@click.option("--timeout-seconds", type=Seconds(min=0), default=30.0, show_default=True, help="How long to look.")
+@click.option("--interval-seconds", type=Seconds(min=0.05), default=1.0, show_default=True, help="Between two looks.")
 @click.option("--trace-id", help="Passed on into logs.")
 @click.option("--pretty", is_flag=True, help="Indented JSON.")
 @click.option("--json", is_flag=True, help="JSON, also on a terminal and for errors.")

@@ -24,7 +24,7 @@ def print_json(document: Any, *, pretty: bool = False) -> None:
     from sprite_agent.contract import json_text
 
     text = json_text.encode(document)
-    click.echo((json_text.indented(text) if pretty else text).decode())
+    click.echo(json_text.indented(text) if pretty else text)  # bytes: JSON is UTF-8 whatever the terminal speaks
 
 
 def note(message: str) -> None:
@@ -60,11 +60,14 @@ def reported(*, json: bool, trace_id: str | None = None) -> Iterator[None]:
         # Whoever read has heard enough; nothing more can be told to them.
         sys.stderr.close()
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        note(f"output can't be written: {error.strerror}")
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def error_document(error: OpsError, trace_id: str | None, attempts: int = 1) -> dict[str, Any]:
+def error_document(error: OpsError, trace_id: str | None) -> dict[str, Any]:
     """The error envelope, as schema/error.schema.json says."""
     return {
         "ok": False,
@@ -77,7 +80,7 @@ def error_document(error: OpsError, trace_id: str | None, attempts: int = 1) -> 
             "retryable": error.retryable,
             "retryAfterMs": None if error.retry_after is None else round(error.retry_after * 1000),
             "executed": error.executed,
-            "attempts": attempts,
+            "attempts": error.attempts,
             "errorId": error.error_id,
             "traceId": trace_id,
             "details": {**error.details, **({"violations": dict(error.violations)} if error.violations else {})},

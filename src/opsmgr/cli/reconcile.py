@@ -44,7 +44,9 @@ def project(
         raise click.UsageError("give --state-file, or --repo for the one in it")
     with reported(json=json):
         from opsmgr import projection, store
+        from sprite_agent.contract.loop_ids import check_loop_id
 
+        check_loop_id(loop)
         target = state_file or store.default_folder(repo or Path(), loop) / "state.json"
         snapshot: Any = store.load_document(snapshot_file)
         events: Any = store.load_lines(events_file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +63,9 @@ class Target:
     def store(self) -> LoopStore:
         """The manager's files of the loop: in the repo that was given, else in the user's state folder."""
         from opsmgr.store import LoopStore, default_folder
-        from sprite_agent.errors import LoopIdInvalid
+        from sprite_agent.contract.loop_ids import check_loop_id
 
-        if not is_plain_component(self.loop):
-            raise LoopIdInvalid(f"loop id {self.loop!r} is not a plain name")
+        check_loop_id(self.loop)
         if self.repo is not None:
             return LoopStore(default_folder(self.repo.resolve(), self.loop))
         base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
@@ -97,11 +97,23 @@ class Target:
         return LocalTransport(self.repo, runtime=runtime, state_folder=self.state_dir)
 
 
+class Seconds(click.FloatRange):
+    """A finite number of seconds within a range: click takes "nan" for a number within any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See click.ParamType."""
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return seconds
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options, and passes them on as one `target`."""
 
     @functools.wraps(command)
     def with_target(**options: Any) -> Any:
+        refuse_what_is_no_text(options)
         fields = {name: options.pop(name) for name in Target.__dataclass_fields__}
         return command(target=Target(**fields), **options)
 
@@ -110,9 +122,13 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_target
 
 
-def is_plain_component(name: str) -> bool:
-    """Whether a loop id can be the name of a folder, and of no other."""
-    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+def refuse_what_is_no_text(options: dict[str, Any]) -> None:
+    """Raises click's UsageError for an argument whose bytes are not UTF-8: no document can hold it."""
+    for name, value in options.items():
+        try:
+            (value if isinstance(value, str) else "").encode()
+        except UnicodeEncodeError as error:
+            raise click.UsageError(f"--{name.replace('_', '-')} {value!a} is not valid UTF-8") from error
 
 
 def _check_target(address: str) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_MOST_DOUBLINGS = 30
+"""Far beyond any cap; more would not fit a float in the end."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
@@ -30,7 +33,7 @@ class RetryPolicy:
 
     def backoff(self, failures: int, asked: float | None) -> float:
         """The wait after so many failures in a row; what the agent asked for, where it did, is the least."""
-        jittered = random.uniform(0, min(self.cap, self.base * 2 ** (failures - 1)))  # noqa: S311  # spreads load
+        jittered = random.uniform(0, min(self.cap, self.base * 2 ** min(failures - 1, _MOST_DOUBLINGS)))  # noqa: S311  # spreads load
         return jittered if asked is None else max(asked, jittered)
 
 
@@ -54,9 +57,10 @@ class Retries:
         Raises:
             OpsError: `error` itself, when it is not retryable or there is to be no further try.
         """
+        self._failures += 1
+        error.attempts = self._failures
         if not error.retryable:
             raise error
-        self._failures += 1
         wait = self.policy.backoff(self._failures, error.retry_after)
         spent = time.monotonic() - self._since
         if self._failures >= self.policy.attempts or spent + wait > self.policy.budget:

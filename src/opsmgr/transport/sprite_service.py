@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from opsmgr.errors import NoAnswer, TransportRefused
@@ -115,8 +116,10 @@ class SpriteServiceTransport:
                     raise NoAnswer(
                         f"{self._target} was silent for {silence:.0f} s", details={"target": self._target}
                     ) from error
+                if message is grpc.aio.EOF:
+                    return
                 if not isinstance(message, pb.StreamEventsResponse):
-                    return  # grpc.aio.EOF
+                    raise ContractError("the answer is no message of this method")
                 yield _batch_from(message)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
@@ -132,7 +135,10 @@ class SpriteServiceTransport:
         answer: pb.ExecuteControlResponse = await self._ask(
             self._agent.ExecuteControl, message, min(timeout, MAX_CONTROL_DEADLINE)
         )
-        return _result_from(answer.result)
+        try:
+            return _result_from(answer.result)
+        except ContractError as error:
+            raise _not_understood(error) from error
 
     async def get_control(self, loop_id: str, key: str) -> ControlResult:
         """See `base.Transport`."""
@@ -149,9 +155,12 @@ class SpriteServiceTransport:
 
         async def once() -> Any:
             try:
-                return await method(request, timeout=timeout, metadata=self._metadata)
+                answer = await method(request, timeout=timeout, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 raise self._translated(error) from error
+            if answer is None:
+                raise _not_understood(ContractError("the answer is no message of this method"))
+            return answer
 
         return await retried(once, Retries(policy=self._policy, attempts=self.attempts))
 
@@ -160,7 +169,7 @@ class SpriteServiceTransport:
         trailers = dict(error.trailing_metadata() or ())
         sent = trailers.get(error_details.STATUS_TRAILER)
         if isinstance(sent, bytes):
-            with contextlib.suppress(ContractError):
+            with contextlib.suppress(ContractError, DecodeError):
                 refusal = error_details.from_status(
                     status_pb2.Status.FromString(sent),
                     executed=_text(trailers.get(error_details.EXECUTED_TRAILER)),
@@ -174,6 +183,12 @@ class SpriteServiceTransport:
         if code in _NO_ANSWER:
             return NoAnswer(f"no answer from {self._target}: {code.name}: {error.details()}", details=details)
         return TransportRefused(f"{self._target} refused with {code.name}: {error.details()}", details=details)
+
+
+def _not_understood(error: ContractError) -> ContractError:
+    """An answer came, and nothing can be said of what it answers."""
+    error.executed = None
+    return error
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -83,9 +83,9 @@ def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(shape)
 
 
-def member(value: dict[str, Any] | None, name: str) -> Any:
-    """A member of an object, either of which may not be there: then None."""
-    return None if value is None else value.get(name)
+def member(value: Any, name: str) -> Any:
+    """A member of an object; None where there is no such member, or no object."""
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def encode(value: Any) -> bytes:

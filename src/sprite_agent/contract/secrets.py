@@ -17,7 +17,7 @@ def read_token(path: Path | None, variable: str) -> str | None:
         ValueError: the file can't be read, is empty, holds more than a token, or others may read it.
     """
     if path is None:
-        token = os.environ.get(variable, "").strip()
+        token = os.environ.get(variable, "")
         return _checked(token, f"${variable}") if token else None
     try:
         with path.open() as file:
