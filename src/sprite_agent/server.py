@@ -39,6 +39,8 @@ CONTROL_GRACE = 45.0
 """Seconds: a command's time limit, and time to record its outcome."""
 STREAM_GRACE = 2.0
 """Seconds for the last batch of a stream to be read."""
+LAST_GRACE = 0.5
+"""Seconds for answers that are on their way."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -151,16 +153,14 @@ async def _recover(repo: Repo) -> None:
 
 
 async def _drain(server: grpc.aio.Server, service: SpriteAgentService) -> None:
-    """Takes no new calls, lets control finish and streams say where to resume, then ends whoever is left.
+    """Refuses new control and streams, lets control finish and streams say where to resume, then ends who is left.
 
     Left are those who watch the health of a server, which has no end, and those who do not read what they are sent.
     """
     service.drain()
-    stopping = asyncio.ensure_future(server.stop(CONTROL_GRACE + STREAM_GRACE))
     await _until_none(service.calls, CONTROL_GRACE)
     await _until_none(service.streams, STREAM_GRACE)
-    await server.stop(None)
-    await stopping
+    await server.stop(LAST_GRACE)
 
 
 async def _until_none(calls: OpenCalls, timeout: float) -> None:  # noqa: ASYNC109  # a limit, not a failure
