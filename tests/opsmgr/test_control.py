@@ -1,0 +1,391 @@
+"""However an intent comes out, intents.jsonl says so in one line, by the contract's keys."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from conformance import documents
+from opsmgr.control import exit_code, new_key, send
+from opsmgr.errors import NoAnswer, TransportRefused
+from opsmgr.store import LoopStore, default_folder
+from opsmgr.transport.base import Attempts
+from opsmgr.transport.local import LocalTransport
+from sprite_agent.contract.validation import validate
+from sprite_agent.errors import (
+    ActorInvalid,
+    ApprovalNotPending,
+    ControlBusy,
+    IdempotencyKeyReused,
+    InternalError,
+    OpsError,
+    RunMismatch,
+    RuntimeMissing,
+)
+from support.repos import LOOP, STANDIN, put
+from support.waiting import DEADLINE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from opsmgr.transport.base import AgentInfo, Snapshot, Transport, TransportName
+    from sprite_agent.contract.envelopes import ControlRequest, ControlResult
+    from sprite_agent.contract.streaming import EventBatch
+
+Json = dict[str, Any]
+
+KEYS = {
+    "timestamp",
+    "loopId",
+    "intent",
+    "traceId",
+    "requestedBy",
+    "note",
+    "transport",
+    "status",
+    "command",
+    "idempotencyKey",
+    "exitCode",
+    "confirmExitCode",
+    "confirmed",
+    "commandOutput",
+    "confirm",
+}
+
+
+class _Failing:
+    """A transport whose every control ends in the same error."""
+
+    name: TransportName = "sprite_service"
+
+    def __init__(self, error: OpsError) -> None:
+        self.attempts = Attempts()
+        self._error = error
+
+    async def info(self) -> AgentInfo:
+        raise self._error
+
+    async def snapshot(self, *_: Any, **__: Any) -> Snapshot:
+        raise self._error
+
+    def events(self, *_: Any) -> AsyncGenerator[EventBatch, None]:
+        raise self._error
+
+    async def execute(self, request: ControlRequest) -> ControlResult:  # noqa: ARG002  # the Protocol's
+        raise self._error
+
+    async def get_control(self, *_: Any) -> ControlResult:
+        raise self._error
+
+    async def close(self) -> None:
+        pass
+
+
+def request(intent: str = "reject", **members: Any) -> Any:
+    """A request that looks once for its effect; each member can be given another value."""
+    return {
+        "loopId": LOOP,
+        "intent": intent,
+        "requestedBy": "ada",
+        "idempotencyKey": "key-1",
+        "confirmation": {"mode": "wait", "timeoutSeconds": 0},
+        **members,
+    }
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repo = tmp_path_factory.mktemp("played")
+    subprocess.run([STANDIN, "run", "--repo", repo, "--loop", LOOP], check=True, timeout=DEADLINE)
+    return repo
+
+
+@pytest.fixture
+def repo(played: Path, tmp_path: Path) -> Path:
+    """A repo whose loop has come to its end and asks for approval."""
+    return Path(shutil.copytree(played, tmp_path / "repo"))
+
+
+@pytest.fixture
+def store(repo: Path) -> LoopStore:
+    return LoopStore(default_folder(repo, LOOP))
+
+
+@pytest.fixture
+async def transport(repo: Path, tmp_path: Path) -> AsyncIterator[LocalTransport]:
+    transport = LocalTransport(repo, runtime=str(STANDIN), state_folder=tmp_path / "state")
+    yield transport
+    await transport.close()
+
+
+def records(store: LoopStore) -> list[Json]:
+    return [json.loads(entry) for entry in store.intents.read_text().splitlines()] if store.intents.exists() else []
+
+
+def record(store: LoopStore) -> Json:
+    """The one record there is; its keys are the contract's, and none is null."""
+    [found] = records(store)
+    assert found.keys() <= KEYS
+    assert None not in found.values()
+    return found
+
+
+def executions(repo: Path) -> int:
+    log = repo / ".superloop" / "standin-executions.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+# An outcome.
+
+
+async def test_a_confirmed_intent_is_recorded_whole(transport: LocalTransport, store: LoopStore, repo: Path) -> None:
+    result = await send(transport, store, request(note="not yet", traceId="trace-1"))
+
+    found = record(store)
+    del found["timestamp"]
+    confirmation = found.pop("confirm")
+    assert found == {
+        "loopId": LOOP,
+        "intent": "reject",
+        "traceId": "trace-1",
+        "requestedBy": "ada",
+        "note": "not yet",
+        "transport": "local",
+        "status": "confirmed",
+        "command": [
+            str(STANDIN),
+            "approve",
+            "--repo",
+            str(repo),
+            "--loop",
+            LOOP,
+            "--by",
+            "ada",
+            "--reject",
+            "--note",
+            "not yet",
+        ],
+        "idempotencyKey": "key-1",
+        "exitCode": 0,
+        "confirmExitCode": 0,
+        "confirmed": True,
+        "commandOutput": "rejected by ada\n",
+    }
+    assert confirmation == result["confirmation"]
+    assert confirmation["reason"] == "rejection_observed"
+    assert exit_code(result) == 0
+
+
+async def test_an_effect_that_did_not_show_in_time_is_recorded_as_ambiguous(
+    transport: LocalTransport, store: LoopStore
+) -> None:
+    result = await send(transport, store, request("approve"))
+
+    found = record(store)
+    assert (found["status"], found["confirmed"], found["confirmExitCode"]) == ("ambiguous", False, 2)
+    assert found["exitCode"] == 0
+    assert found["confirm"]["reason"] == "timeout"
+    assert exit_code(result) == 2
+
+
+async def test_a_decision_that_was_asked_to_count_is_confirmed(transport: LocalTransport, store: LoopStore) -> None:
+    wait = {"mode": "wait", "timeoutSeconds": 0, "requiredEffect": "decision_recorded"}
+
+    result = await send(transport, store, request("approve", confirmation=wait))
+
+    assert record(store)["status"] == "confirmed"
+    assert exit_code(result) == 0
+
+
+async def test_an_intent_that_was_not_to_be_confirmed_is_recorded_without_a_confirmation(
+    transport: LocalTransport, store: LoopStore
+) -> None:
+    result = await send(transport, store, request(confirmation={"mode": "skip"}))
+
+    found = record(store)
+    assert (found["status"], found["confirmed"]) == ("executed_unconfirmed", False)
+    assert not {"confirm", "confirmExitCode"} & found.keys()
+    assert exit_code(result) == 0
+
+
+async def test_a_command_that_exits_otherwise_is_recorded_as_failed_with_its_output(
+    transport: LocalTransport, store: LoopStore, repo: Path
+) -> None:
+    put(repo / ".superloop" / "standin.json", {"exit_code": 7, "output": "went wrong"})
+
+    result = await send(transport, store, request())
+
+    found = record(store)
+    assert (found["status"], found["exitCode"], found["confirmed"]) == ("failed_command", 7, False)
+    assert "went wrong" in found["commandOutput"]
+    assert not {"confirm", "confirmExitCode"} & found.keys()
+    assert exit_code(result) == 1
+
+
+async def test_what_was_so_already_is_recorded_as_confirmed_without_a_command(
+    transport: LocalTransport, store: LoopStore, repo: Path
+) -> None:
+    result = await send(transport, store, request("cancel"))
+
+    found = record(store)
+    assert (found["status"], found["exitCode"], found["command"]) == ("confirmed", 0, [])
+    assert found["confirm"]["reason"] == "not_needed"
+    assert exit_code(result) == 0
+    assert executions(repo) == 0
+
+
+async def test_the_same_key_again_runs_nothing_and_is_recorded_again(
+    transport: LocalTransport, store: LoopStore, repo: Path
+) -> None:
+    first = await send(transport, store, request())
+    again = await send(transport, store, request())
+
+    assert executions(repo) == 1
+    assert (first["replayed"], again["replayed"]) == (False, True)
+    assert [entry["status"] for entry in records(store)] == ["confirmed", "confirmed"]
+
+
+async def test_every_intent_adds_one_line(transport: LocalTransport, store: LoopStore) -> None:
+    await send(transport, store, request("approve", idempotencyKey="key-1"))
+    with pytest.raises(ApprovalNotPending):
+        await send(transport, store, request("reject", idempotencyKey="key-2"))
+    await send(transport, store, request("cancel", idempotencyKey="key-3"))
+
+    assert [(entry["idempotencyKey"], entry["status"]) for entry in records(store)] == [
+        ("key-1", "ambiguous"),
+        ("key-2", "failed_command"),
+        ("key-3", "confirmed"),
+    ]
+
+
+async def test_who_sent_it_from_where_goes_along(store: LoopStore) -> None:
+    class _Listening(_Failing):
+        heard: Any = None
+
+        async def execute(self, request: ControlRequest) -> ControlResult:
+            self.heard = request
+            return documents.RESULT  # type: ignore[return-value]  # a valid one
+
+    transport = _Listening(NoAnswer("unused"))
+
+    await send(transport, store, request())
+
+    validate("control_request", transport.heard)
+    assert transport.heard["provenance"]["managerId"] == "opsmgr"
+    assert transport.heard["provenance"]["host"]
+    assert transport.heard["provenance"]["attempt"] == 1
+
+
+# No outcome.
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (request("approve", expectedRunId="another"), RunMismatch),
+        (request("approve", requestedBy="two\nlines"), ActorInvalid),
+    ],
+)
+async def test_a_refusal_is_recorded_as_failed_with_its_reason_and_raised(
+    transport: LocalTransport, store: LoopStore, repo: Path, asked: Any, error: type[OpsError]
+) -> None:
+    with pytest.raises(error) as refused:
+        await send(transport, store, asked)
+
+    found = record(store)
+    assert (found["status"], found["confirmed"]) == ("failed_command", False)
+    assert found["commandOutput"] == f"{error.reason}: {refused.value}"
+    assert not {"command", "exitCode", "confirmExitCode", "confirm", "note", "traceId"} & found.keys()
+    assert executions(repo) == 0
+
+
+async def test_without_a_runtime_nothing_is_run_and_that_is_recorded(
+    repo: Path, store: LoopStore, tmp_path: Path
+) -> None:
+    transport = LocalTransport(repo, runtime=None, state_folder=tmp_path / "state")
+
+    with pytest.raises(RuntimeMissing):
+        await send(transport, store, request())
+    await transport.close()
+
+    assert record(store)["status"] == "failed_command"
+
+
+async def test_a_key_of_another_request_is_refused_and_that_is_recorded(
+    transport: LocalTransport, store: LoopStore, repo: Path
+) -> None:
+    await send(transport, store, request())
+    with pytest.raises(IdempotencyKeyReused):
+        await send(transport, store, request(requestedBy="grace"))
+
+    assert [entry["status"] for entry in records(store)] == ["confirmed", "failed_command"]
+    assert executions(repo) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (NoAnswer("no answer from unix:a.sock"), "ambiguous"),
+        (InternalError("internal error", error_id="e1"), "ambiguous"),
+        (ControlBusy("another command runs", retry_after=1.0), "failed_command"),
+        (TransportRefused("no such method"), "failed_command"),
+    ],
+)
+async def test_what_may_have_run_is_recorded_as_ambiguous_and_what_did_not_as_failed(
+    store: LoopStore, error: OpsError, status: str
+) -> None:
+    transport: Transport = _Failing(error)
+
+    with pytest.raises(type(error)):
+        await send(transport, store, request())
+
+    found = record(store)
+    assert (found["status"], found["confirmed"], found["transport"]) == (status, False, "sprite_service")
+    assert found["commandOutput"] == f"{error.reason}: {error}"
+
+
+async def test_an_error_whose_trailer_says_it_may_have_run_is_recorded_as_ambiguous(store: LoopStore) -> None:
+    error = ControlBusy("still being worked on")
+    error.executed = None
+
+    with pytest.raises(ControlBusy):
+        await send(_Failing(error), store, request())
+
+    assert record(store)["status"] == "ambiguous"
+
+
+async def test_no_error_says_that_nothing_was_run_when_something_was(
+    transport: LocalTransport, store: LoopStore, repo: Path
+) -> None:
+    store.intents.mkdir(parents=True)  # so that the record can't be written
+
+    try:
+        await send(transport, store, request())
+    except OpsError as error:
+        assert executions(repo) == 0 or error.executed is not False  # noqa: PT017  # either way is right
+
+
+# Keys and codes.
+
+
+def test_every_new_key_is_another_one_that_the_contract_accepts() -> None:
+    keys = {new_key("approve") for _ in range(100)}
+
+    assert len(keys) == 100
+    for key in keys:
+        validate("control_request", request(idempotencyKey=key))
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [("confirmed", 0), ("executed_unconfirmed", 0), ("ambiguous", 2), ("failed_command", 1), (None, 2)],
+)
+def test_the_exit_code_is_the_contracts_for_the_status(status: str | None, code: int) -> None:
+    result: Any = {**documents.RESULT, "status": status}
+
+    assert exit_code(result) == code

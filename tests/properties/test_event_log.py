@@ -1,0 +1,157 @@
+"""An event log is the same however it was written, and can be read on from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sprite_agent import event_log, records, resume
+from sprite_agent.artifacts import ArtifactFiles
+from sprite_agent.errors import LogReplaced, LogTruncated
+from sprite_agent.event_log import EventLog
+from sprite_agent.records import Position, RecordReader
+from support.repos import LOOP, LoopFiles, event, line, lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sprite_agent.event_log import LogReader
+    from sprite_agent.records import Record
+
+PIECES = [
+    line(event(n=1)),
+    line(event("role_end", status="ok", data={"a": [1.0, None]})),
+    lines(event("usage_check", data={"n": 1})),
+    b"\n",
+    b"  \r\n",
+    b"not json\n",
+    b"{\n",
+    b'{"open": [\n',
+    b"[1]\n",
+]
+
+logs = st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join)
+long_logs = st.lists(
+    st.sampled_from(
+        [
+            *PIECES,
+            b'{"a": "' + b"x" * 80 + b'"}\n',
+            b"x" * 250 + b"\n",
+            b'{"open": [\n' + b"1,\n" * 40,
+            b'{"a": "' + b"y" * 60 + b'",\n"b": "' + b"y" * 60 + b'"}\n',
+        ]
+    ),
+    max_size=12,
+).map(b"".join)
+torn = st.sampled_from([b"", b'{"torn', b" ", b"{"])
+
+
+@contextlib.contextmanager
+def small_limits() -> Iterator[None]:
+    """Has logs read in small pieces and records end soon, so that a short log is a long one."""
+    with (
+        patch.object(event_log, "_CHUNK", 50),
+        patch.object(resume, "WINDOW_BYTES", 20),
+        patch.object(records, "MAX_RECORD_BYTES", 200),
+    ):
+        yield
+
+
+def rest(log: EventLog, reader: LogReader) -> list[Record]:
+    """Everything from the reader's place to the end of the log; closes the reader."""
+    found = []
+    with reader:
+        end = log.refresh().end
+        while not reader.at_end(end):
+            found += reader.read(end)
+    return found
+
+
+@settings(max_examples=100)
+@given(st.data(), logs, torn)
+def test_a_log_looked_at_after_each_write_is_the_log_looked_at_once(
+    data: st.DataObject, content: bytes, tail: bytes
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        loop = LoopFiles(Path(folder))
+        log = EventLog(ArtifactFiles(loop.repo), LOOP)
+        unwritten = content + tail
+        while unwritten:
+            size = data.draw(st.integers(1, len(unwritten)))
+            loop.append(unwritten[:size])
+            unwritten = unwritten[size:]
+            log.refresh()
+
+        view, at_once = log.refresh(), EventLog(ArtifactFiles(loop.repo), LOOP).refresh()
+        assert (view.lines, view.end, view.last_record) == (at_once.lines, at_once.end, at_once.last_record)
+        assert (view.token, view.ref) == (at_once.token, at_once.ref)
+        assert view.lines == content.count(b"\n")
+        assert view.end == len(content)
+
+
+@settings(max_examples=50)
+@given(logs, torn)
+def test_from_any_line_and_any_token_on_the_remaining_records_are_read(content: bytes, tail: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        loop = LoopFiles(Path(folder))
+        loop.append(content + tail)
+        log = EventLog(ArtifactFiles(loop.repo), LOOP)
+        everything = RecordReader().feed(content + tail)
+
+        for offset in range(content.count(b"\n") + 1):
+            remaining = [record for record in everything if record.last_line > offset]
+            assert rest(log, log.reader_after_line(offset)) == remaining
+        with log.reader_after_line(0) as reader:
+            if content:
+                assert reader.read(len(content)) == everything
+            places = [Position(0, 0), *(Position(record.last_line, record.end) for record in everything)]
+            tokens = [(place, str(reader.token(place))) for place in places]
+        for place, token in tokens:
+            remaining = [record for record in everything if record.last_line > place.line]
+            assert rest(log, log.reader_after_token(token)) == remaining
+
+
+@settings(max_examples=100)
+@given(long_logs, torn)
+def test_tokens_made_on_the_way_are_as_good_as_any(content: bytes, tail: bytes) -> None:
+    with small_limits(), tempfile.TemporaryDirectory() as folder:
+        loop = LoopFiles(Path(folder))
+        loop.append(content + tail)
+        log = EventLog(ArtifactFiles(loop.repo), LOOP)
+        everything = RecordReader().feed(content + tail)
+
+        with log.reader_after_line(0) as reader:
+            while not reader.at_end(len(content)):
+                places = [Position(record.last_line, record.end) for record in reader.read(len(content))]
+                for place in (*places, reader.boundary):
+                    remaining = [record for record in everything if record.last_line > place.line]
+                    assert rest(log, log.reader_after_token(str(reader.token(place)))) == remaining
+        assert rest(log, log.reader_after_token(str(log.refresh().token))) == []
+
+
+@settings(max_examples=100)
+@given(st.data(), logs.filter(bool), logs)
+def test_a_token_of_a_changed_log_is_refused_unless_all_before_it_is_as_it_was(
+    data: st.DataObject, content: bytes, other: bytes
+) -> None:
+    kept = data.draw(st.integers(0, len(content)))
+    with tempfile.TemporaryDirectory() as folder:
+        loop = LoopFiles(Path(folder))
+        loop.append(content)
+        log = EventLog(ArtifactFiles(loop.repo), LOOP)
+        token = log.refresh().token
+        loop.rewrite(content[:kept] + other)
+        now = loop.log.read_bytes()
+
+        try:
+            log.reader_after_token(str(token)).close()
+        except (LogReplaced, LogTruncated):
+            assert not now.startswith(content[: token.position.offset])
+        else:
+            assert now.startswith(content[: token.position.offset])

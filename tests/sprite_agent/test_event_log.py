@@ -1,0 +1,529 @@
+"""The index of an event log, and readers that start anywhere in it."""
+
+from __future__ import annotations
+
+import hashlib
+import tracemalloc
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sprite_agent.artifacts import ArtifactFiles
+from sprite_agent.errors import (
+    ArtifactNotRegular,
+    CursorBeyondEnd,
+    EventsNotFound,
+    LogReplaced,
+    LogTruncated,
+    LoopNotFound,
+    PositionLost,
+    ResumeTokenInvalid,
+)
+from sprite_agent.event_log import EventLog
+from sprite_agent.records import MAX_RECORD_BYTES, Position, RecordReader
+from sprite_agent.resume import ResumeToken, parse_token
+from support.repos import LOOP, LoopFiles, event, line, lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path, PurePosixPath
+
+    from sprite_agent.errors import OpsError
+    from sprite_agent.event_log import LogReader
+    from sprite_agent.records import Record
+
+MIXED = b"".join(
+    [
+        line(event(n=1)),
+        b"\n",
+        lines(event("usage_check", n=2)),
+        line(event(n=3)),
+        b"not json\n",
+        b"{\n",
+        line(event(n=4)),
+        b"\n\n",
+        lines(event("usage_check", n=5)),
+        b"[1]\n",
+        line(event(n=6)),
+        b" \n",
+    ]
+)
+"""Events on one line and on several, blank lines, malformed lines, and a malformed opening."""
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> LoopFiles:
+    return LoopFiles(tmp_path / "repo")
+
+
+@pytest.fixture
+def log(loop: LoopFiles) -> EventLog:
+    return EventLog(ArtifactFiles(loop.repo), LOOP)
+
+
+def rest(log: EventLog, reader: LogReader) -> list[Record]:
+    """Everything from the reader's place to the end of the log; closes the reader."""
+    found = []
+    with reader:
+        end = log.refresh().end
+        while not reader.at_end(end):
+            found += reader.read(end)
+    return found
+
+
+def numbered(count: int, first: int = 1, width: int = 0) -> bytes:
+    """Lines with events."""
+    return b"".join(line(event(n=number, text="x" * width)) for number in range(first, first + count))
+
+
+def token_after(log: EventLog, line: int) -> str:
+    """A resume token after `line` lines, for a log in which each line is a record."""
+    end = log.refresh().end
+    with log.reader_after_line(0) as reader:
+        position = Position(0, 0)
+        while position.line < line:
+            for record in reader.read(end):
+                if record.last_line == line:
+                    position = Position(line, record.end)
+        return str(reader.token(position))
+
+
+# The index.
+
+
+def test_an_empty_log_has_no_lines(log: EventLog) -> None:
+    view = log.refresh()
+
+    assert (view.lines, view.end, view.last_record) == (0, 0, None)
+    assert view.ref["sha256"] == hashlib.sha256(b"").hexdigest()
+
+
+def test_the_end_is_that_of_the_last_complete_line(log: EventLog, loop: LoopFiles) -> None:
+    whole = numbered(2)
+    loop.append(whole, b'{"torn')
+
+    view = log.refresh()
+
+    assert (view.lines, view.end) == (2, len(whole))
+    assert view.token.position == Position(2, len(whole))
+
+
+def test_the_index_of_a_log_read_in_steps_is_that_of_one_read_at_once(log: EventLog, loop: LoopFiles) -> None:
+    for start in range(0, len(MIXED), 37):
+        loop.append(MIXED[start : start + 37])
+        stepwise = log.refresh()
+
+        at_once = EventLog(ArtifactFiles(loop.repo), LOOP).refresh()
+        assert (stepwise.lines, stepwise.end, stepwise.last_record) == (at_once.lines, at_once.end, at_once.last_record)
+        assert (stepwise.token, stepwise.ref) == (at_once.token, at_once.ref)
+
+
+def test_the_identity_stays_while_the_log_only_grows(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(2))
+    before = log.refresh().identity
+
+    loop.append(numbered(2, first=3), b'{"torn')
+
+    assert log.refresh().identity == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loop: loop.truncate(10),
+        lambda loop: loop.rewrite(numbered(3, first=5)),
+        lambda loop: loop.replace(numbered(3, first=5)),
+        lambda loop: loop.replace(loop.log.read_bytes()),
+    ],
+    ids=["truncated", "rewritten", "replaced", "replaced by a copy"],
+)
+def test_the_identity_changes_when_the_log_is_no_continuation_or_another_file(
+    log: EventLog, loop: LoopFiles, change: Callable[[LoopFiles], None]
+) -> None:
+    loop.append(numbered(3))
+    before = log.refresh().identity
+
+    change(loop)
+
+    assert log.refresh().identity != before
+
+
+def test_a_missing_log_is_told_from_a_missing_loop(log: EventLog, loop: LoopFiles) -> None:
+    loop.log.unlink()
+    with pytest.raises(EventsNotFound):
+        log.refresh()
+
+    loop.folder.rmdir()
+    with pytest.raises(LoopNotFound):
+        log.refresh()
+
+
+def test_a_log_that_is_a_link_is_refused(log: EventLog, loop: LoopFiles) -> None:
+    loop.log.rename(loop.folder / "other.jsonl")
+    loop.log.symlink_to(loop.folder / "other.jsonl")
+
+    with pytest.raises(ArtifactNotRegular):
+        log.refresh()
+
+
+# Reading after a line.
+
+
+@pytest.mark.parametrize("offset", range(MIXED.count(b"\n") + 1))
+def test_reading_after_a_line_gives_the_records_whose_last_line_comes_later(
+    log: EventLog, loop: LoopFiles, offset: int
+) -> None:
+    loop.append(MIXED)
+    everything = RecordReader().feed(MIXED)
+
+    assert rest(log, log.reader_after_line(offset)) == [record for record in everything if record.last_line > offset]
+
+
+def test_reading_after_any_line_of_a_long_log_finds_its_place_through_the_index(log: EventLog, loop: LoopFiles) -> None:
+    content = b"".join(
+        lines(event(n=number, text="x" * 400)) if number % 7 == 0 else line(event(n=number, text="x" * 400))
+        for number in range(2500)
+    )
+    loop.append(content)
+    everything = RecordReader().feed(content)
+
+    for offset in (*range(0, content.count(b"\n"), 397), content.count(b"\n")):
+        found = rest(log, log.reader_after_line(offset))
+        assert found == [record for record in everything if record.last_line > offset]
+
+
+def test_reading_after_a_line_inside_an_object_that_is_not_closed_yet_gives_it_once_it_is(
+    log: EventLog, loop: LoopFiles
+) -> None:
+    whole = lines(event("usage_check"))
+    loop.append(numbered(1), whole[:-2])
+    reader = log.reader_after_line(3)
+
+    loop.append(whole[-2:])
+
+    assert [(record.first_line, record.last_line) for record in rest(log, reader)] == [(2, 8)]
+
+
+def test_a_line_beyond_the_end_is_refused_with_the_numbers(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(3), b'{"torn')
+
+    with pytest.raises(CursorBeyondEnd, match="reset it or replay from the start") as refused:
+        log.reader_after_line(4)
+
+    assert refused.value.details == {"requested": "4", "available": "3"}
+
+
+def test_a_line_that_no_log_can_have_is_beyond_the_end(log: EventLog) -> None:
+    with pytest.raises(CursorBeyondEnd):
+        log.reader_after_line(2**63 - 1)
+
+
+# Reading after a token.
+
+
+def test_reading_after_each_token_gives_the_remaining_records(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(MIXED)
+    with log.reader_after_line(0) as reader:
+        everything = reader.read(log.refresh().end)
+        places = [Position(0, 0), *(Position(record.last_line, record.end) for record in everything)]
+        tokens = [(place, str(reader.token(place))) for place in places]
+
+    for place, token in tokens:
+        remaining = [record for record in everything if record.last_line > place.line]
+        assert rest(log, log.reader_after_token(token)) == remaining
+        # By a process that has read nothing yet:
+        afresh = EventLog(ArtifactFiles(loop.repo), LOOP)
+        assert rest(afresh, afresh.reader_after_token(token)) == remaining
+
+
+def test_a_token_lasts_while_the_log_grows(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(3))
+    token = str(log.refresh().token)
+
+    loop.append(numbered(2, first=4))
+
+    assert [record.last_line for record in rest(log, log.reader_after_token(token))] == [4, 5]
+
+
+def test_a_token_lasts_when_the_log_is_copied(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(3))
+    token = token_after(log, 2)
+
+    loop.replace(loop.log.read_bytes())
+
+    assert [record.last_line for record in rest(log, log.reader_after_token(token))] == [3]
+
+
+def test_the_token_of_an_empty_log_begins_at_the_first_line_of_whatever_comes(log: EventLog, loop: LoopFiles) -> None:
+    token = str(log.refresh().token)
+
+    loop.append(numbered(2))
+
+    assert [record.last_line for record in rest(log, log.reader_after_token(token))] == [1, 2]
+
+
+def test_a_token_after_an_overlong_line_holds(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(1), b"x" * (2 * MAX_RECORD_BYTES) + b"\n")
+    token = str(log.refresh().token)
+
+    loop.append(numbered(1, first=2))
+
+    assert [record.last_line for record in rest(log, log.reader_after_token(token))] == [3]
+
+
+def test_what_comes_after_the_place_may_be_rewritten(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(3))
+    token = token_after(log, 2)
+
+    loop.rewrite(numbered(2) + numbered(2, first=7))
+
+    assert [record.value and record.value["n"] for record in rest(log, log.reader_after_token(token))] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda loop: loop.truncate(0), LogTruncated),
+        (lambda loop: loop.truncate(len(numbered(4))), LogTruncated),
+        (lambda loop: loop.truncate(len(numbered(5)) - 1), LogTruncated),
+        (lambda loop: loop.rewrite(numbered(3)), LogTruncated),
+        (lambda loop: loop.replace(numbered(9, first=2)), LogReplaced),
+        (lambda loop: loop.replace(numbered(2, first=2)), LogReplaced),
+        (lambda loop: loop.rewrite(numbered(9, first=2)), LogReplaced),
+        (lambda loop: loop.rewrite(numbered(3) + numbered(9, first=7)), LogReplaced),
+        (lambda loop: loop.rewrite(numbered(4) + b"\n" * 200), LogReplaced),
+        (lambda loop: loop.rewrite(b"\n" * 500), LogReplaced),
+        (lambda loop: loop.rewrite(loop.log.read_bytes()[:-1] + b" \n" + numbered(3)), LogReplaced),
+    ],
+    ids=[
+        "truncated to nothing",
+        "truncated at a line's end",
+        "truncated by one byte",
+        "rolled back",
+        "replaced by a longer one",
+        "replaced by a shorter one",
+        "rewritten in place from the first line on",
+        "rolled back and grown anew",
+        "its last line made blank",
+        "made blank",
+        "the place is no longer a line's end",
+    ],
+)
+def test_a_token_of_a_log_that_is_no_longer_the_same_before_the_place_is_refused(
+    log: EventLog, loop: LoopFiles, change: Callable[[LoopFiles], None], lost: type[OpsError]
+) -> None:
+    loop.append(numbered(5))
+    token = str(log.refresh().token)
+
+    change(loop)
+
+    with pytest.raises(lost, match="replay from the start"):
+        log.reader_after_token(token)
+    with pytest.raises(lost):
+        EventLog(ArtifactFiles(loop.repo), LOOP).reader_after_token(token)
+
+
+def test_a_truncated_log_is_told_with_the_numbers(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(5))
+    token = log.refresh().token
+    loop.truncate(300)
+
+    with pytest.raises(LogTruncated) as lost:
+        log.reader_after_token(str(token))
+
+    assert lost.value.details["size"] == "300"
+    assert lost.value.details["line"] == "5"
+    assert lost.value.details["offset"] == str(token.position.offset)
+
+
+def test_a_token_of_another_loop_is_refused(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(3))
+    other = loop.folder.parent / "other"
+    other.mkdir()
+    (other / "events.jsonl").write_bytes(numbered(3, first=8))
+    token = str(EventLog(ArtifactFiles(loop.repo), "other").refresh().token)
+
+    with pytest.raises(LogReplaced):
+        log.reader_after_token(token)
+
+
+GARBAGE = [
+    "",
+    "r1",
+    "r1.",
+    "0",
+    "17",
+    "token",
+    "r2.{g}.2.{o}.{d}",
+    "R1.{g}.2.{o}.{d}",
+    "r1.{g}.2.{o}.{d}.",
+    "r1.{g}.2.{o}.{d}\n",
+    " r1.{g}.2.{o}.{d}",
+    "r1.{g}.2.{o}",
+    "r1.{g}.2.{d}.{o}",
+    "r1.{g}.-2.{o}.{d}",
+    "r1.{g}.02.{o}.{d}",
+    "r1.{g}.2.0{o}.{d}",
+    "r1.{g}.+2.{o}.{d}",
+    "r1.{g}.2e0.{o}.{d}",
+    "r1.{g}.\N{ARABIC-INDIC DIGIT TWO}.{o}.{d}",
+    "r1.{g}.9999999999999999999.{o}.{d}",
+    "r1.{g}.2.{o}.{d}0",
+    "r1.{g}0.2.{o}.{d}",
+    "r1.g{g}.2.{o}.{d}",
+    "r1.\0",
+    "x" * 100_000,
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+def test_what_is_no_token_is_refused(log: EventLog, loop: LoopFiles, garbage: str) -> None:
+    loop.append(numbered(3))
+    token = parse_token(token_after(log, 2))
+
+    with pytest.raises(ResumeTokenInvalid) as refused:
+        log.reader_after_token(garbage.format(g=token.generation, o=token.position.offset, d=token.digest))
+
+    assert len(str(refused.value)) < 500
+
+
+def tampered(token: ResumeToken, *, line: int = 0, offset: int = 0, generation: str = "", digest: str = "") -> str:
+    """The token with another line, offset, generation or digest."""
+    position = Position(token.position.line + line, token.position.offset + offset)
+    return str(ResumeToken(position=position, generation=generation or token.generation, digest=digest or token.digest))
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 1, 2, 10**9])
+def test_a_token_with_another_line_is_refused(log: EventLog, loop: LoopFiles, shift: int) -> None:
+    loop.append(numbered(5))
+    token = parse_token(token_after(log, 3))
+
+    with pytest.raises(ResumeTokenInvalid):
+        log.reader_after_token(tampered(token, line=shift))
+
+
+@pytest.mark.parametrize("shift", [-100, -1, 1, 100])
+def test_a_token_with_another_offset_is_refused(log: EventLog, loop: LoopFiles, shift: int) -> None:
+    loop.append(numbered(5))
+    token = parse_token(token_after(log, 3))
+
+    with pytest.raises(PositionLost):
+        log.reader_after_token(tampered(token, offset=shift))
+
+
+@pytest.mark.parametrize("part", ["generation", "digest"])
+def test_a_token_with_another_digest_is_refused(log: EventLog, loop: LoopFiles, part: str) -> None:
+    loop.append(numbered(5))
+    token = parse_token(token_after(log, 3))
+    value = getattr(token, part)
+
+    with pytest.raises(LogReplaced):
+        log.reader_after_token(str(token).replace(value, value[1:] + value[0]))
+
+
+def test_a_token_forged_for_a_place_inside_a_line_is_refused(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(5))
+    offset = len(numbered(3)) + 10
+    forged = ResumeToken(
+        position=Position(3, offset),
+        generation=log.refresh().token.generation,
+        digest=hashlib.sha256(loop.log.read_bytes()[:offset]).hexdigest()[:32],
+    )
+
+    with pytest.raises(ResumeTokenInvalid, match=f"byte {offset}"):
+        log.reader_after_token(str(forged))
+
+
+@pytest.mark.parametrize(("line", "offset"), [(1, 0), (5, 0)])
+def test_a_token_for_a_line_that_cannot_end_at_its_offset_is_refused(
+    log: EventLog, loop: LoopFiles, line: int, offset: int
+) -> None:
+    loop.append(numbered(5))
+
+    with pytest.raises(ResumeTokenInvalid):
+        log.reader_after_token(str(ResumeToken(position=Position(line, offset), generation="0" * 16, digest="0" * 32)))
+
+
+# A log that changes while it is read.
+
+
+@pytest.mark.parametrize("opening", [1, 2, 3, 4])
+def test_a_log_replaced_while_a_reader_is_made_is_never_read_from_a_place_of_the_other(
+    loop: LoopFiles, opening: int
+) -> None:
+    old, new = numbered(6), b"".join(line(event(n=number, text="y" * number)) for number in range(20))
+    loop.append(old)
+
+    class Replaced(ArtifactFiles):
+        """Has the log replaced just before it is opened for the n-th time."""
+
+        left = opening
+
+        def open(self, path: PurePosixPath) -> int | None:
+            self.left -= 1
+            if self.left == 0:
+                loop.replace(new)
+            return super().open(path)
+
+    log = EventLog(Replaced(loop.repo), LOOP)
+    try:
+        found = rest(log, log.reader_after_line(3))
+    except PositionLost:
+        return
+    assert found in (
+        [record for record in RecordReader().feed(content) if record.last_line > 3] for content in (old, new)
+    )
+
+
+def test_a_log_rewritten_where_a_reader_has_been_is_noticed(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(5000, width=100))
+    end = log.refresh().end
+    with log.reader_after_line(0) as reader:
+        reader.read(end)
+
+        loop.rewrite(numbered(5000, first=10000, width=100))
+
+        with pytest.raises(LogReplaced):
+            reader.read(end)
+
+
+def test_a_log_cut_off_before_where_a_reader_has_been_is_noticed(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(5000, width=100))
+    end = log.refresh().end
+    with log.reader_after_line(0) as reader:
+        reader.read(end)
+
+        loop.truncate(1000)
+
+        with pytest.raises(PositionLost):
+            reader.read(end)
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n"], ids=["not ended yet", "ended"])
+def test_a_line_without_end_is_never_held_in_memory(log: EventLog, loop: LoopFiles, ending: bytes) -> None:
+    loop.append(numbered(1), b"x" * (40 * MAX_RECORD_BYTES), ending)
+
+    tracemalloc.start()
+    try:
+        view = log.refresh()
+        with log.reader_after_token(token_after(log, 1)) as reader:
+            while not reader.at_end(loop.log.stat().st_size):
+                reader.read(loop.log.stat().st_size)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert view.lines == 1 + len(ending)
+    assert peak < 16 * MAX_RECORD_BYTES
+
+
+def test_readers_share_a_log_each_at_a_pace_of_its_own(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(5000, width=100))
+    end = log.refresh().end
+    slow = log.reader_after_line(0)
+    first = slow.read(end)
+
+    everything = rest(log, log.reader_after_line(0))
+
+    assert [*first, *rest(log, slow)] == everything
+    assert len(everything) == 5000
