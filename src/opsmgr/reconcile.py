@@ -6,6 +6,7 @@ as they were, and still writes health and telemetry.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -84,7 +85,16 @@ async def reconcile(transport: Transport, store: LoopStore, options: ReconcileOp
             done.stage = "reconcile_failed"
         except OpsError as error:
             failure = error
-        health = _conclude(transport, store, options, done, previous=previous, failure=failure)
+        verdict = _judge(transport, store, options, done, previous=previous, failure=failure)
+        try:
+            _persist(transport, store, options, done, verdict)
+        except OpsError as error:
+            failure = failure or error
+            done.stage, done.state = "reconcile_failed", None
+            verdict = _judge(transport, store, options, done, previous=previous, failure=failure)
+            with contextlib.suppress(OpsError):  # what could not be written once may still not be; telemetry tells
+                _persist(transport, store, options, done, verdict)
+        health = verdict.health
         files.append(
             store.reconcile_telemetry,
             {
@@ -152,7 +162,16 @@ async def _read_events(transport: Transport, options: ReconcileOptions, done: _P
         done.after = done.after.after(batch)
 
 
-def _conclude(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Verdict:
+    """What is to be written of a pass."""
+
+    health: dict[str, Any]
+    transport_health: dict[str, Any]
+    escalations: list[tuple[str, dict[str, Any]]]
+
+
+def _judge(
     transport: Transport,
     store: LoopStore,
     options: ReconcileOptions,
@@ -160,8 +179,8 @@ def _conclude(
     *,
     previous: dict[str, Any] | None,
     failure: OpsError | None,
-) -> dict[str, Any]:
-    """Judges and writes everything but the telemetry line; gives the health document."""
+) -> _Verdict:
+    """Judges a pass; writes nothing."""
     failure_code = None if failure is None else _failure_code(transport, done.stage, failure)
     transport_health = _transport_health(transport, store, options, failure_code)
     envelope = done.snapshot.envelope if done.snapshot else None
@@ -189,14 +208,29 @@ def _conclude(
         trace_id=options.trace_id,
     )
     validate("manager_health", health)
-    last_health = files.load_if_readable(store.health)
-    if failure is None and done.state is not None and envelope is not None:
+    if done.state is not None:
         done.state |= {"health": health, "trace": {"reconcileTraceId": options.trace_id}, "sequence": sequence}
         validate("manager_state", done.state)
+    last_health = files.load_if_readable(store.health)
+    return _Verdict(
+        health=health,
+        transport_health=transport_health,
+        escalations=_escalations(done, health, last_health, drifted_before=drifted_before),
+    )
+
+
+def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, done: _Pass, verdict: _Verdict) -> None:
+    """Writes everything but the telemetry line; the cursor after the state that covers it.
+
+    Raises:
+        InputInvalid: something can't be written.
+    """
+    files.save(store.transport_health, verdict.transport_health)
+    if done.state is not None:
         files.save(store.state, done.state)
-        save_cursor(store.cursor, done.after, repo_path=envelope["source"]["repoPath"], loop_id=options.loop_id)
-    files.save(store.health, health)
-    for category, evidence in _escalations(done, health, last_health, drifted_before=drifted_before):
+        save_cursor(store.cursor, done.after, repo_path=done.state["source"]["repoPath"], loop_id=options.loop_id)
+    files.save(store.health, verdict.health)
+    for category, evidence in verdict.escalations:
         files.append(
             store.escalations,
             {
@@ -208,7 +242,6 @@ def _conclude(
                 "evidence": evidence,
             },
         )
-    return health
 
 
 def _escalations(
@@ -239,7 +272,7 @@ def _transport_health(
     last = files.load_if_readable(store.transport_health) or {}
     now = clock.now()
     streak = last.get("failureStreak")
-    document = {
+    return {
         "schemaVersion": "v1",
         "updatedAt": now,
         "traceId": options.trace_id,
@@ -250,8 +283,6 @@ def _transport_health(
         "lastSuccessAt": now if failure_code is None else last.get("lastSuccessAt"),
         "lastFailureAt": last.get("lastFailureAt") if failure_code is None else now,
     }
-    files.save(store.transport_health, document)
-    return document
 
 
 def _failure_code(transport: Transport, stage: str, failure: OpsError) -> str:

@@ -6,8 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
-import tempfile
-from pathlib import Path
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from opsmgr.errors import InputInvalid, LoopLocked
@@ -16,6 +15,7 @@ from sprite_agent.errors import ContractError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 class LoopStore:
@@ -132,15 +132,16 @@ def save(path: Path, document: dict[str, Any], *, indent: bool = True) -> None:
         text = json_text.indented(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
+        fresh = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+        try:
+            with fresh.open("xb") as file:
                 file.write(text + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+            fresh.replace(path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)

@@ -71,7 +71,7 @@ async def test_an_answer_at_once_costs_nothing(clock: _Clock) -> None:
 
     assert await retried(failing(), retries) == "answer"
     assert clock.sleeps == []
-    assert retries.attempts == Attempts(retries=0, waited_seconds=0.0, codes=None)
+    assert retries.attempts == Attempts(retries=0, waited_seconds=0.0)
 
 
 async def test_what_succeeds_at_the_last_attempt_is_answered(clock: _Clock) -> None:
@@ -101,7 +101,7 @@ async def test_retries_waits_and_reasons_are_noted(clock: _Clock) -> None:
     await retried(failing(NoAnswer("lost"), Draining("stopping"), ControlBusy("busy")), retries)
 
     assert retries.attempts.retries == 3
-    assert retries.attempts.codes == ["NO_ANSWER", "DRAINING", "CONTROL_BUSY"]
+    assert list(retries.attempts.codes) == ["NO_ANSWER", "DRAINING", "CONTROL_BUSY"]
     assert retries.attempts.waited_seconds == pytest.approx(sum(clock.sleeps))
 
 
@@ -200,10 +200,10 @@ def test_after_any_number_of_failures_the_wait_is_still_within_the_cap(failures:
     assert 0 <= PATIENT.backoff(failures, None) <= PATIENT.cap
 
 
-def test_watching_outlasts_a_week_without_an_answer(clock: _Clock) -> None:
+def test_watching_outlasts_a_day_without_an_answer(clock: _Clock) -> None:
     retries = tries(PATIENT)
     began = clock.now
-    while clock.now - began < 7 * 86400:
+    while clock.now - began < 86_400:
         clock.now += retries.wait_after(NoAnswer("lost"))
 
 

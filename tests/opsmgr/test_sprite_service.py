@@ -169,7 +169,7 @@ async def test_where_nothing_listens_there_is_no_answer_after_as_many_tries_as_a
     assert caught.value.executed is None
     assert caught.value.details == {"target": f"unix:{tmp_path}/none.sock", "grpcStatus": "UNAVAILABLE"}
     if method != "StreamEvents":  # which subscribe() tries again, from where it stands
-        assert (transport.attempts.retries, transport.attempts.codes) == (2, ["NO_ANSWER", "NO_ANSWER"])
+        assert (transport.attempts.retries, list(transport.attempts.codes)) == (2, ["NO_ANSWER", "NO_ANSWER"])
 
 
 async def test_where_no_port_is_open_there_is_no_answer() -> None:
@@ -412,7 +412,7 @@ async def test_a_read_is_answered_once_the_agent_is_back(tmp_path: Path) -> None
         info = await transport.info()
 
     assert info.repo_path == "/repo"
-    assert (transport.attempts.retries, transport.attempts.codes) == (2, ["NO_ANSWER", "JOURNAL_UNAVAILABLE"])
+    assert (transport.attempts.retries, list(transport.attempts.codes)) == (2, ["NO_ANSWER", "JOURNAL_UNAVAILABLE"])
     assert 0 <= transport.attempts.waited_seconds <= 0.04
 
 

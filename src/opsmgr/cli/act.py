@@ -85,23 +85,24 @@ def control(
     request: Any = {
         "loopId": target.loop,
         "intent": intent,
-        "requestedBy": by or getpass.getuser(),
+        "requestedBy": getpass.getuser() if by is None else by,
         "idempotencyKey": key,
         "confirmation": {"mode": "skip"} if no_confirm else confirmation,
         **{name: value for name, value in given.items() if value is not None},
     }
 
     async def run() -> ControlResult:
-        from opsmgr.errors import NoAnswer
+        from sprite_agent.errors import OpsError
 
         async with target.connected() as transport:
             try:
                 return await send(transport, target.store(), request, tell=note)
-            except NoAnswer:
-                note(f"the outcome is unknown; find out with --idempotency-key {key}")
+            except OpsError as error:
+                if error.executed is None:
+                    note(f"the outcome is unknown; find out with --idempotency-key {key}")
                 raise
 
-    with reported(json=json, trace_id=trace_id):
+    with reported(json=json, trace_id=trace_id, acts=True):
         result = asyncio.run(run())
         if for_people(json=json):
             click.echo(printable(_sentence(result)))

@@ -43,8 +43,11 @@ def for_people(*, json: bool) -> bool:
 
 
 @contextlib.contextmanager
-def reported(*, json: bool, trace_id: str | None = None) -> Iterator[None]:
-    """Ends the command with a message and a code when something in the block fails."""
+def reported(*, json: bool, trace_id: str | None = None, acts: bool = False) -> Iterator[None]:
+    """Ends the command with a message and a code when something in the block fails.
+
+    For a command that acts, an error that does not tell whether it did is no answer.
+    """
     from opsmgr.errors import NoAnswer
     from sprite_agent.errors import OpsError
 
@@ -55,7 +58,8 @@ def reported(*, json: bool, trace_id: str | None = None) -> Iterator[None]:
             print_json(error_document(error, trace_id))
         else:
             note(f"{error.message} [{error.reason}]")
-        sys.exit(EXIT_NO_ANSWER if isinstance(error, NoAnswer) else EXIT_FAILED)
+        unknown = isinstance(error, NoAnswer) or (acts and error.executed is None)
+        sys.exit(EXIT_NO_ANSWER if unknown else EXIT_FAILED)
     except BrokenPipeError:
         # Whoever read has heard enough; nothing more can be told to them.
         sys.stderr.close()

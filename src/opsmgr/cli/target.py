@@ -91,6 +91,8 @@ class Target:
             return SpriteServiceTransport(self.service_target, token=_token(self.service_token_file))
         from opsmgr.transport.local import LocalTransport
 
+        if self.service_target is not None:
+            raise click.UsageError("--service-target needs --transport sprite_service")
         if self.repo is None:
             raise click.UsageError("--transport local needs --repo PATH")
         runtime = self.superloop_bin or os.environ.get(RUNTIME_VARIABLE) or None

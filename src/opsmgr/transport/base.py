@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -40,14 +41,14 @@ class Attempts:
 
     retries: int = 0
     waited_seconds: float = 0.0
-    codes: list[str] | None = None
-    """Reasons of the attempts that failed, in their order."""
+    codes: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+    """Reasons of the last attempts that failed, in their order."""
 
     def failed(self, reason: str, *, wait: float) -> None:
         """Notes an attempt that failed and is tried again after `wait` seconds."""
         self.retries += 1
         self.waited_seconds += wait
-        self.codes = [*(self.codes or []), reason]
+        self.codes.append(reason)
 
 
 class Transport(Protocol):
