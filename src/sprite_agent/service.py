@@ -12,7 +12,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from sprite_agent import __version__
 from sprite_agent.answers import Answer, OpenCalls, answered, refuse_undecodable
-from sprite_agent.contract import clock, mirror
+from sprite_agent.contract import clock, control_mirror, mirror
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS
 from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
 from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, RequestInvalid, UnknownFields
@@ -132,11 +132,11 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
             raise DeadlineInvalid(f"a control needs a deadline of at most {MAX_CONTROL_DEADLINE:.0f} s")
         _refuse_unknown_fields(request)
         try:
-            document = mirror.request_from_message(request)
+            document = control_mirror.request_from_message(request)
         except ContractError as error:
             raise RequestInvalid(str(error), violations=[(error.path, error.message)]) from error
         result = self._repo.execute(document, deadline=time.monotonic() + remaining)
-        return pb.ExecuteControlResponse(result=mirror.result_to_message(result))
+        return pb.ExecuteControlResponse(result=control_mirror.result_to_message(result))
 
     @answered(pb.GetControlResponse)
     def GetControl(
@@ -146,7 +146,7 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
     ) -> pb.GetControlResponse:
         """See the proto."""
         result = self._repo.get_control(request.loop_id, request.idempotency_key)
-        return pb.GetControlResponse(result=mirror.result_to_message(result))
+        return pb.GetControlResponse(result=control_mirror.result_to_message(result))
 
     def _refuse_while_draining(self) -> None:
         if self._draining:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conformance import drift
 from properties import strategies
-from sprite_agent.contract import json_text, mirror, validation
+from sprite_agent.contract import control_mirror, json_text, mirror, validation
 from sprite_agent.contract.json_text import OpenObject
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ Json = dict[str, Any]
 MIRRORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "loop_run_snapshot": (mirror.snapshot_to_message, mirror.snapshot_from_message),
     "loop_run_event": (mirror.event_to_message, mirror.event_from_message),
-    "control_request": (mirror.request_to_message, mirror.request_from_message),
-    "control_result": (mirror.result_to_message, mirror.result_from_message),
+    "control_request": (control_mirror.request_to_message, control_mirror.request_from_message),
+    "control_result": (control_mirror.result_to_message, control_mirror.result_from_message),
 }
 
 

@@ -17,7 +17,7 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2
 
 from sprite_agent import __version__, logs
-from sprite_agent.contract import mirror
+from sprite_agent.contract import control_mirror, mirror
 from sprite_agent.contract.validation import validate
 from sprite_agent.control import MAX_CONTROLS
 from sprite_agent.errors import LoopNotFound
@@ -95,7 +95,7 @@ class Ask:
 
 def control_message(intent: str = "approve", **members: Any) -> pb.ExecuteControlRequest:
     """The mirror of a control request."""
-    return mirror.request_to_message(request(intent, **members))  # type: ignore[arg-type]  # a TypedDict is a dict
+    return control_mirror.request_to_message(request(intent, **members))  # type: ignore[arg-type]  # a TypedDict is a dict
 
 
 def ask_servicer(service: SpriteAgentService) -> Ask:
@@ -232,10 +232,14 @@ async def test_a_control_answers_with_its_result_and_the_key_finds_it_again(ask:
     again = (await ask.control(note="looks right")).response.result
     found = (await ask("GetControl", pb.GetControlRequest(loop_id=LOOP, idempotency_key="key-1"))).response.result
 
-    result = mirror.result_from_message(first)
+    result = control_mirror.result_from_message(first)
     validate("control_result", result)
     assert (result["status"], result["executed"], result["replayed"]) == ("executed_unconfirmed", True, False)
-    assert mirror.result_from_message(again) == mirror.result_from_message(found) == {**result, "replayed": True}
+    assert (
+        control_mirror.result_from_message(again)
+        == control_mirror.result_from_message(found)
+        == {**result, "replayed": True}
+    )
     assert len(executions(repo)) == 1
 
 

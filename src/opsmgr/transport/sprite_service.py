@@ -13,7 +13,7 @@ from google.rpc import status_pb2
 from opsmgr.errors import NoAnswer, TransportRefused
 from opsmgr.transport.base import AgentInfo, Attempts, Snapshot
 from opsmgr.transport.retry import Retries, RetryPolicy, retried
-from sprite_agent.contract import error_details, mirror
+from sprite_agent.contract import control_mirror, error_details, mirror
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.contract.requests import DEFAULT_TIMEOUT, MAX_CONTROL_DEADLINE, check_request
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord, check_query
@@ -128,7 +128,7 @@ class SpriteServiceTransport:
 
     async def execute(self, request: ControlRequest) -> ControlResult:
         """See `base.Transport`."""
-        message = mirror.request_to_message(check_request(dict(request)))
+        message = control_mirror.request_to_message(check_request(dict(request)))
         confirmation = request.get("confirmation", {})
         waits = confirmation.get("mode") != "skip"
         timeout = COMMAND_ALLOWANCE + (confirmation.get("timeoutSeconds", DEFAULT_TIMEOUT) if waits else 0)
@@ -239,6 +239,6 @@ def _batch_from(message: pb.StreamEventsResponse) -> EventBatch:
 
 
 def _result_from(message: Any) -> ControlResult:
-    result = mirror.result_from_message(message)
+    result = control_mirror.result_from_message(message)
     validate("control_result", result)
     return result

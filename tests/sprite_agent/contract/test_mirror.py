@@ -11,7 +11,7 @@ import pytest
 
 from conformance import drift
 from conformance.documents import DOCUMENTS, EVENT, GOLDEN_CASES, REQUEST, RESULT, SNAPSHOT, golden_envelopes
-from sprite_agent.contract import json_text, mirror, validation
+from sprite_agent.contract import control_mirror, json_text, mirror, validation
 from sprite_agent.contract.json_text import MAX_DEPTH
 from sprite_agent.contract.requests import check_request
 from sprite_agent.errors import ContractError, IntentUnsupported
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 TO_MESSAGE: dict[str, Callable[..., Any]] = {
     "loop_run_event": mirror.event_to_message,
     "loop_run_snapshot": mirror.snapshot_to_message,
-    "control_request": mirror.request_to_message,
-    "control_result": mirror.result_to_message,
+    "control_request": control_mirror.request_to_message,
+    "control_result": control_mirror.result_to_message,
 }
 FROM_MESSAGE: dict[str, Callable[..., Any]] = {
     "loop_run_event": mirror.event_from_message,
     "loop_run_snapshot": mirror.snapshot_from_message,
-    "control_request": mirror.request_from_message,
-    "control_result": mirror.result_from_message,
+    "control_request": control_mirror.request_from_message,
+    "control_result": control_mirror.result_from_message,
 }
 MEMBERS = {kind: drift.members(schema, validation.schemas()) for kind, schema in validation.schemas().items()}
 
@@ -185,7 +185,7 @@ def test_a_number_that_is_not_whole_is_refused_where_an_integer_stands(kind: str
 
 @pytest.mark.parametrize("value", [2**31, -(2**31) - 1])
 def test_an_exit_code_beyond_32_bit_is_refused(value: int) -> None:
-    assert refused_path(mirror.result_to_message, changed(RESULT, "exitCode", value)) == "exitCode"
+    assert refused_path(control_mirror.result_to_message, changed(RESULT, "exitCode", value)) == "exitCode"
 
 
 @pytest.mark.parametrize("path", ["run.iteration", "event.payload", "event.raw"])
@@ -231,7 +231,7 @@ def test_seconds_that_are_no_number_are_refused_by_the_schema(kind: str, path: s
 def test_seconds_beyond_a_double_are_refused() -> None:
     document = changed(REQUEST, "confirmation.timeoutSeconds", 10**400)
 
-    assert refused_path(mirror.request_to_message, document) == "confirmation.timeoutSeconds"
+    assert refused_path(control_mirror.request_to_message, document) == "confirmation.timeoutSeconds"
 
 
 @pytest.mark.parametrize("summary", [{"score": 0.5}, {"tokens": 2**70}])
@@ -244,7 +244,7 @@ def test_a_value_that_is_right_is_not_named_in_place_of_the_one_at_fault(summary
 def test_seconds_are_not_named_in_place_of_an_integer_at_fault() -> None:
     document = changed(changed(RESULT, "confirmation.timeoutSeconds", 30.5), "journal.sequence", 1.5)
 
-    assert refused_path(mirror.result_to_message, document) == "journal.sequence"
+    assert refused_path(control_mirror.result_to_message, document) == "journal.sequence"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_lone_surrogate_in_a_list_or_in_a_further_gate_or_its_name_is_refused(
     gate = changed(SNAPSHOT, "health.gates.lifecycle", "\udfff")
     name = changed(SNAPSHOT, "health.gates", {**SNAPSHOT["health"]["gates"], "\ud800": "ok"})
 
-    assert refused_path(mirror.result_to_message, command) == "command[1]"
+    assert refused_path(control_mirror.result_to_message, command) == "command[1]"
     assert refused_path(mirror.snapshot_to_message, gate) == "health.gates.lifecycle"
     assert refused_path(mirror.snapshot_to_message, name) == "health.gates"
 
@@ -384,7 +384,7 @@ def test_an_intent_unknown_here_becomes_its_number_as_text_and_is_refused_as_uns
     message = TO_MESSAGE["control_request"](REQUEST)
     message.intent = number
 
-    request = mirror.request_from_message(message)
+    request = control_mirror.request_from_message(message)
 
     assert request == {**REQUEST, "intent": str(number)}
     with pytest.raises(IntentUnsupported, match=f"^intent '{number}' is not valid: cancel, approve or reject$"):
