@@ -1,7 +1,7 @@
 # Each target does the set-up it needs, in .venv, and is quick when nothing changed.
 BIN := .venv/bin
 PROTOS := $(wildcard protos/sprite_agent/v1/*.proto)
-.PHONY: setup demo test check format lint protos protos-check protos-baseline bench clean
+.PHONY: setup demo test check soak format lint protos protos-check protos-baseline bench clean
 
 setup: .venv/.ready
 
@@ -12,9 +12,13 @@ demo: setup  ## the main job on real input: an agent, a run, an approval, both t
 	@$(BIN)/python tools/demo.py
 
 test: setup  ## all the tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest -q -n 3 --dist worksteal -m "not alone"
+	@$(BIN)/pytest -q -m alone
 
 check: lint protos-check test  ## what CI runs
+
+soak: setup  ## the fault tests at their nightly figures: hours
+	@SOAK=1 $(BIN)/pytest tests/faults tests/properties --timeout 14400
 
 lint: setup
 	@$(BIN)/ruff format --check --quiet . tests/standin/superloop

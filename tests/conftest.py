@@ -15,8 +15,9 @@ import pytest
 from opsmgr.transport.local import LocalTransport
 from opsmgr.transport.retry import RetryPolicy
 from opsmgr.transport.sprite_service import SpriteServiceTransport
-from sprite_agent.config import TOKEN_VARIABLE, ServeConfig
-from sprite_agent.server import running
+from sprite_agent.face.config import TOKEN_VARIABLE, ServeConfig
+from sprite_agent.face.server import running
+from support.figures import all_found, found
 from support.repos import STANDIN, LoopFiles
 from support.waiting import DEADLINE, until
 
@@ -78,6 +79,27 @@ class AgentProgram:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(DEADLINE)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Has a worker's figures told by the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = all_found()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes in the figures of a worker that has ended."""
+    for note in getattr(node, "workeroutput", {}).get("figures", ()):
+        found(*note.split(": ", 1))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the figures that the fault tests have reached."""
+    if notes := all_found():
+        terminalreporter.section("figures")
+        for note in notes:
+            terminalreporter.write_line(note)
 
 
 @pytest.fixture

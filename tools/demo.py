@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -191,11 +190,9 @@ def set_up(scratch: Path, stack: contextlib.ExitStack) -> Scene:
     say(f"  runtime: {'the real superloop.sh' if runtime.is_real else 'the stand-in of the tests'}")
     stack.callback(end, runtime.start())
     wait_until((repo / ".superloop" / "loops" / LOOP / "events.jsonl").exists, "the event log")
-    token_file = scratch / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(secrets.token_urlsafe())
+    token_file, digests = make_token(scratch)
     command = [str(BIN / "sprite-agent"), "serve", "--repo", str(repo), "--listen", "127.0.0.1:0"]
-    command += ["--state-dir", str(state), "--token-file", str(token_file), "--superloop-bin", runtime.command]
+    command += ["--state-dir", str(state), "--token-file", str(digests), "--superloop-bin", runtime.command]
     log = scratch / "agent.log"
     with log.open("w") as output:
         agent = subprocess.Popen(command, stderr=output)
@@ -210,6 +207,16 @@ def set_up(scratch: Path, stack: contextlib.ExitStack) -> Scene:
     watcher = manager.watch()
     stack.callback(end, watcher)
     return Scene(runtime=runtime, agent=agent, manager=manager, watcher=watcher, watched=Watched(watcher))
+
+
+def make_token(folder: Path) -> tuple[Path, Path]:
+    """A token for the manager, in a file of its own, and the file by which the agent knows it."""
+    token, digests = folder / "token", folder / "tokens"
+    command = [str(BIN / "sprite-agent"), "keys", "token", "--id", "demo", "--scope", "read", "--scope", "control"]
+    done = subprocess.run([*command, "--file", str(digests)], capture_output=True, text=True, check=True)
+    token.touch(mode=0o600)
+    token.write_text(done.stdout)
+    return token, digests
 
 
 def play_approval(scene: Scene, stack: contextlib.ExitStack) -> None:

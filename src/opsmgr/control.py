@@ -7,6 +7,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from opsmgr import store as files
+from opsmgr.agent_memory import load_memory, save_memory
 from opsmgr.errors import InputInvalid, NoAnswer
 from sprite_agent.contract import clock
 from sprite_agent.contract.requests import EXIT_CODES
@@ -36,15 +37,32 @@ async def send(
 
     Raises:
         NoAnswer: what became of it is unknown; the same request with the same key finds out.
+        AgentStateRolledBack: control is frozen, now or since earlier.
         OpsError: nothing was run, as the error says.
     """
-    request = {**request, "provenance": {"managerId": MANAGER_ID, "host": socket.gethostname(), "attempt": 1}}
+    memory = load_memory(store)
+    memory.refuse_if_frozen()
+    if memory.journal is not None:
+        await transport.info()  # says how far the journal has got, before it gets any further
+        if memory.look_at(transport.journal):
+            save_memory(store, memory)
+            memory.refuse_if_frozen()
+    request = {
+        "requestedAt": clock.now(),
+        **request,
+        "provenance": {"managerId": MANAGER_ID, "host": socket.gethostname(), "attempt": 1},
+    }
     try:
         result = await transport.execute(request)
     except OpsError as error:
         _keep(store, _record(transport, request, _failed(error)), tell)
         raise
     _keep(store, _record(transport, request, _came_out(result)), tell)
+    memory.look_at(transport.journal)
+    try:
+        save_memory(store, memory)
+    except InputInvalid as error:
+        tell(f"the agent's journal is not remembered: {error}")
     return result
 
 

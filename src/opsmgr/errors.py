@@ -6,7 +6,8 @@ OpsError
 ├── TransportRefused    something before the agent refused, for good
 ├── Refused
 │   ├── InputInvalid    a file or value that was given to the manager
-│   └── LoopLocked      another manager works on the loop
+│   ├── LoopLocked      another manager works on the loop
+│   └── AgentStateRolledBack  the agent's journal went backwards: what it has run, it may not know any more
 """
 
 from __future__ import annotations
@@ -42,3 +43,10 @@ class LoopLocked(Refused):
 
     status = "FAILED_PRECONDITION"
     reason = "LOOP_LOCKED"
+
+
+class AgentStateRolledBack(Refused):
+    """The agent's journal went backwards, so a key that was run may count as new. Look into it, then unfreeze."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "AGENT_STATE_ROLLED_BACK"

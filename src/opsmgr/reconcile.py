@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from opsmgr import store as files
+from opsmgr.agent_memory import load_memory, save_memory
 from opsmgr.cursors import Position, load_cursor, save_cursor
 from opsmgr.errors import NoAnswer
 from opsmgr.health import BALANCED, Figures, judge
@@ -23,9 +24,10 @@ from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.contract.validation import validate
-from sprite_agent.errors import ContractError, LogReplaced, LogTruncated, OpsError
+from sprite_agent.errors import ContractError, HistoryRewritten, LogReplaced, LogTruncated, OpsError
 
 if TYPE_CHECKING:
+    from opsmgr.agent_memory import AgentMemory, Escalation
     from opsmgr.health import Thresholds
     from opsmgr.store import LoopStore
     from opsmgr.transport.base import Snapshot, Transport
@@ -59,6 +61,10 @@ class _Pass:
     state: dict[str, Any] | None = None
     lost: OpsError | None = None
     """Why the cursor no longer fitted the log, where it did not."""
+    memory: AgentMemory | None = None
+    """What is remembered of the agent, after this pass."""
+    agent: list[Escalation] = field(default_factory=list)
+    """What the memory finds wrong with what the agent says now."""
 
 
 async def reconcile(transport: Transport, store: LoopStore, options: ReconcileOptions) -> dict[str, Any]:
@@ -76,6 +82,7 @@ async def reconcile(transport: Transport, store: LoopStore, options: ReconcileOp
         previous: dict[str, Any] | None = None
         try:
             previous = files.load(store.state)
+            done.memory = load_memory(store)
             if not options.from_start:
                 done.before = done.after = load_cursor(store.cursor, options.loop_id)
             await _ingest(transport, options, done)
@@ -133,10 +140,12 @@ async def _ingest(transport: Transport, options: ReconcileOptions, done: _Pass) 
     """
     done.stage = "snapshot_unavailable"
     done.snapshot = await transport.snapshot(options.loop_id, trace_id=options.trace_id, run_id=options.run_id)
+    if done.memory is not None:
+        done.agent = [*done.memory.look_at(transport.journal), *done.memory.look_into(done.snapshot.findings)]
     done.stage = "events_unavailable"
     try:
         await _read_events(transport, options, done, done.snapshot)
-    except (LogReplaced, LogTruncated) as error:
+    except (LogReplaced, LogTruncated, HistoryRewritten) as error:
         done.lost = error
         done.events.clear()
         done.after = Position()
@@ -168,7 +177,7 @@ class _Verdict:
 
     health: dict[str, Any]
     transport_health: dict[str, Any]
-    escalations: list[tuple[str, dict[str, Any]]]
+    escalations: list[Escalation]
 
 
 def _judge(
@@ -242,13 +251,15 @@ def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, 
                 "evidence": evidence,
             },
         )
+    if done.memory is not None and (done.memory.journal or done.memory.findings):
+        save_memory(store, done.memory)  # last: what is escalated is not forgotten before it is written
 
 
 def _escalations(
     done: _Pass, health: dict[str, Any], last_health: dict[str, Any] | None, *, drifted_before: bool
-) -> list[tuple[str, dict[str, Any]]]:
-    """What an operator has to hear of: (category, evidence)."""
-    found: list[tuple[str, dict[str, Any]]] = []
+) -> list[Escalation]:
+    """What an operator has to hear of."""
+    found: list[Escalation] = list(done.agent)
     if done.lost is not None:
         found.append((done.lost.reason.lower(), {"message": str(done.lost), **done.lost.details}))
     if done.state is not None:

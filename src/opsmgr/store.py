@@ -26,6 +26,7 @@ class LoopStore:
         self.state = folder / "state.json"
         self.cursor = folder / "cursor.json"
         self.health = folder / "health.json"
+        self.agent = folder / "agent.json"
         self.intents = folder / "intents.jsonl"
         self.escalations = folder / "escalations.jsonl"
         self.reconcile_telemetry = folder / "telemetry" / "reconcile.jsonl"

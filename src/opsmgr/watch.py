@@ -10,7 +10,7 @@ from opsmgr.cursors import Position
 from opsmgr.subscription import subscribe
 from opsmgr.transport.retry import RetryPolicy
 from sprite_agent.contract.streaming import EventQuery
-from sprite_agent.errors import LogReplaced, LogTruncated
+from sprite_agent.errors import HistoryRewritten, LogReplaced, LogTruncated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -69,7 +69,7 @@ async def follow(
             async for batch in subscribe(transport, query, policy=PATIENT, on_retry=on_retry):
                 received += len(batch.events)
                 yield batch
-        except (LogReplaced, LogTruncated) as error:
+        except (LogReplaced, LogTruncated, HistoryRewritten) as error:
             tell(f"{error.message}: going on with its first line")
             start = Position()
         else:

@@ -88,12 +88,14 @@ class ArtifactFiles:
         The caller closes it.
 
         Raises:
-            ArtifactNotRegular: a component is a link, or the file is no regular file.
+            ArtifactNotRegular: a component is a link, or the file is no regular file, or is somebody else's and has
+                another name elsewhere.
         """
-        folder = self._open_folder(path.parent)
+        folder = self.open_folder(path.parent)
         if folder is None:
             return None
         try:
+            owner = os.fstat(folder).st_uid
             descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
             return None
@@ -101,10 +103,34 @@ class ArtifactFiles:
             raise self._refused(path, error) from error
         finally:
             os.close(folder)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        fault = _why_refused(os.fstat(descriptor), owner)
+        if fault is not None:
             os.close(descriptor)
-            raise ArtifactNotRegular(f"{self.repo / path} is not a regular file", details={"path": path})
+            raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})
         return descriptor
+
+    def open_folder(self, path: PurePosixPath) -> int | None:
+        """A descriptor of the folder at `path`, or None where there is nothing. The caller closes it.
+
+        Raises:
+            ArtifactNotRegular: a component is a link, or no folder.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            folder = os.open(self.repo, flags)
+        except FileNotFoundError:
+            return None
+        for part in path.parts:
+            try:
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise self._refused(path, error) from error
+            finally:
+                os.close(folder)
+            folder = below
+        return folder
 
     def require_loop(self, loop_id: str) -> LoopPaths:
         """The paths of a loop that has an artifact folder.
@@ -114,7 +140,7 @@ class ArtifactFiles:
             LoopNotFound: there is no folder.
         """
         paths = loop_paths(loop_id)
-        folder = self._open_folder(paths.root)
+        folder = self.open_folder(paths.root)
         if folder is None:
             raise LoopNotFound(f"required artifact root missing: {self.repo / paths.root}", details={"loopId": loop_id})
         os.close(folder)
@@ -122,7 +148,7 @@ class ArtifactFiles:
 
     def loops(self) -> list[str]:
         """Ids of the loops that have an artifact folder, sorted."""
-        folder = self._open_folder(LOOPS)
+        folder = self.open_folder(LOOPS)
         if folder is None:
             return []
         try:
@@ -174,30 +200,24 @@ class ArtifactFiles:
             "mtimeEpoch": modified,
         }
 
-    def _open_folder(self, path: PurePosixPath) -> int | None:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        try:
-            folder = os.open(self.repo, flags)
-        except FileNotFoundError:
-            return None
-        for part in path.parts:
-            try:
-                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
-            except FileNotFoundError:
-                return None
-            except OSError as error:
-                raise self._refused(path, error) from error
-            finally:
-                os.close(folder)
-            folder = below
-        return folder
-
     def _refused(self, path: PurePosixPath, error: OSError) -> ArtifactNotRegular | ArtifactMalformed:
         if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.ENXIO}:
             return ArtifactNotRegular(
                 f"{self.repo / path} is reached through a link or is no regular file", details={"path": path}
             )
         return ArtifactMalformed(f"{self.repo / path} can't be opened: {error.strerror}", details={"path": path})
+
+
+def _why_refused(status: os.stat_result, owner: int) -> str | None:
+    """Why a file in a folder of `owner` is not read; None: it is.
+
+    Whoever may write to the folder could make a second name of a file there that it can't read itself.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file"
+    if status.st_nlink > 1 and status.st_uid != owner:
+        return "belongs to another user than its folder, and has another name"
+    return None
 
 
 def missing_ref(path: PurePosixPath) -> ArtifactRef:

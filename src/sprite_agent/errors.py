@@ -7,16 +7,23 @@ OpsError
 │   │                            RESUME_TOKEN_INVALID, DEADLINE_INVALID, REQUEST_INVALID, REQUEST_UNDECODABLE,
 │   │                            UNKNOWN_FIELDS
 │   ├── NotAuthenticated         UNAUTHENTICATED: TOKEN_MISSING, TOKEN_INVALID
+│   │   └── SignatureRefused     SIGNATURE_MISSING, SIGNATURE_AMBIGUOUS, SIGNATURE_MALFORMED, SIGNATURE_KEY_UNKNOWN,
+│   │                            SIGNATURE_KEY_EXPIRED, SIGNATURE_INVALID, SIGNATURE_WRONG_AUDIENCE,
+│   │                            SIGNATURE_WRONG_METHOD, SIGNATURE_BODY_MISMATCH, SIGNATURE_STALE,
+│   │                            SIGNATURE_REPLAYED, REPLAY_CACHE_FULL
+│   ├── ScopeMissing             PERMISSION_DENIED: SCOPE_MISSING
 │   ├── NotFound                 NOT_FOUND: LOOP_NOT_FOUND, EVENTS_NOT_FOUND, CONTROL_NOT_FOUND
 │   ├── PositionLost             the cursor or token no longer fits the log:
-│   │                            OUT_OF_RANGE CURSOR_BEYOND_END, ABORTED LOG_REPLACED, ABORTED LOG_TRUNCATED
+│   │                            OUT_OF_RANGE CURSOR_BEYOND_END, ABORTED LOG_REPLACED, ABORTED LOG_TRUNCATED,
+│   │                            DATA_LOSS HISTORY_REWRITTEN
 │   ├── Malformed                DATA_LOSS: EVENT_MALFORMED, ARTIFACT_MALFORMED, CONTRACT_VIOLATION
 │   ├── IdempotencyKeyReused     ALREADY_EXISTS: IDEMPOTENCY_KEY_REUSED
 │   └── PreconditionRefused      FAILED_PRECONDITION: RUN_MISMATCH, ITERATION_MISMATCH, APPROVAL_NOT_PENDING,
-│                                APPROVAL_CHANGED, LOOP_NOT_ACTIVE, RUNTIME_MISSING, JOURNAL_CORRUPT,
-│                                ARTIFACT_NOT_REGULAR
+│                                APPROVAL_CHANGED, LOOP_NOT_ACTIVE, REQUEST_TOO_OLD, RUNTIME_MISSING,
+│                                RUNTIME_UNTRUSTED, JOURNAL_CORRUPT, ARTIFACT_NOT_REGULAR
 ├── NotNow                       the answer is no for the moment, nothing was run; the same request may do better
-│                                UNAVAILABLE: CONTROL_BUSY, DRAINING, JOURNAL_UNAVAILABLE
+│   │                            UNAVAILABLE: CONTROL_BUSY, DRAINING, JOURNAL_UNAVAILABLE, STARTING, NOT_EXECUTED
+│   └── LimitReached             RESOURCE_EXHAUSTED: STREAM_LIMIT, RATE_LIMITED
 └── InternalError                INTERNAL: INTERNAL_ERROR, a bug of the agent's; what was run is unknown
 
 Each leaf has one gRPC status and one reason; `BY_REASON` holds them all.
@@ -172,6 +179,89 @@ class TokenInvalid(NotAuthenticated):
     reason = "TOKEN_INVALID"
 
 
+class SignatureRefused(NotAuthenticated):
+    """The proof that came with the request does not show who sent it."""
+
+
+class SignatureMissing(SignatureRefused):
+    """The method needs a signed request, and no signature came with it."""
+
+    reason = "SIGNATURE_MISSING"
+
+
+class SignatureAmbiguous(SignatureRefused):
+    """More than one signature came with the request."""
+
+    reason = "SIGNATURE_AMBIGUOUS"
+
+
+class SignatureMalformed(SignatureRefused):
+    """The signature is no compact JWT of the form the agent takes."""
+
+    reason = "SIGNATURE_MALFORMED"
+
+
+class SignatureKeyUnknown(SignatureRefused):
+    """No trusted key has this id and belongs to this issuer."""
+
+    reason = "SIGNATURE_KEY_UNKNOWN"
+
+
+class SignatureKeyExpired(SignatureRefused):
+    """The key is not valid yet, or no longer."""
+
+    reason = "SIGNATURE_KEY_EXPIRED"
+
+
+class SignatureInvalid(SignatureRefused):
+    """The signature was not made with the key it names."""
+
+    reason = "SIGNATURE_INVALID"
+
+
+class SignatureWrongAudience(SignatureRefused):
+    """The request was signed for another Sprite."""
+
+    reason = "SIGNATURE_WRONG_AUDIENCE"
+
+
+class SignatureWrongMethod(SignatureRefused):
+    """The request was signed for another method."""
+
+    reason = "SIGNATURE_WRONG_METHOD"
+
+
+class SignatureBodyMismatch(SignatureRefused):
+    """The signature is of other bytes, or goes with another token."""
+
+    reason = "SIGNATURE_BODY_MISMATCH"
+
+
+class SignatureStale(SignatureRefused):
+    """The signature is not of this moment; sign anew, and look at the clocks if that does not help."""
+
+    reason = "SIGNATURE_STALE"
+
+
+class SignatureReplayed(SignatureRefused):
+    """The signature was used before; each attempt needs one of its own."""
+
+    reason = "SIGNATURE_REPLAYED"
+
+
+class ReplayCacheFull(SignatureRefused):
+    """Too many signatures are remembered to take another one; none is forgotten before its time."""
+
+    reason = "REPLAY_CACHE_FULL"
+
+
+class ScopeMissing(Refused):
+    """The caller is known, and may not do this."""
+
+    status = "PERMISSION_DENIED"
+    reason = "SCOPE_MISSING"
+
+
 class NotFound(Refused):
     """What was asked for is not there."""
 
@@ -219,6 +309,13 @@ class LogTruncated(PositionLost):
     """The log is shorter than the position."""
 
     reason = "LOG_TRUNCATED"
+
+
+class HistoryRewritten(PositionLost):
+    """The log begins as before, but what was read of it reads otherwise now."""
+
+    status = "DATA_LOSS"
+    reason = "HISTORY_REWRITTEN"
 
 
 class Malformed(Refused):
@@ -292,10 +389,22 @@ class LoopNotActive(PreconditionRefused):
     reason = "LOOP_NOT_ACTIVE"
 
 
+class RequestTooOld(PreconditionRefused):
+    """The request was made too long ago to be run now; look at the loop again and make a new one."""
+
+    reason = "REQUEST_TOO_OLD"
+
+
 class RuntimeMissing(PreconditionRefused):
     """The runtime's command is not configured, or can't be executed."""
 
     reason = "RUNTIME_MISSING"
+
+
+class RuntimeUntrusted(PreconditionRefused):
+    """The runtime's command is not the one that was configured, or others can change it."""
+
+    reason = "RUNTIME_UNTRUSTED"
 
 
 class JournalCorrupt(PreconditionRefused):
@@ -333,6 +442,36 @@ class JournalUnavailable(NotNow):
     """The journal can't be written."""
 
     reason = "JOURNAL_UNAVAILABLE"
+
+
+class Starting(NotNow):
+    """The agent has just started and is still finding out how the last controls came out."""
+
+    reason = "STARTING"
+
+
+class NotExecuted(NotNow):
+    """The command could not be started, and provably was not."""
+
+    reason = "NOT_EXECUTED"
+
+
+class LimitReached(NotNow):
+    """The caller has as much of the agent as one caller may have."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class StreamLimit(LimitReached):
+    """The caller has as many streams open as it may have."""
+
+    reason = "STREAM_LIMIT"
+
+
+class RateLimited(LimitReached):
+    """The caller asks more often than it may."""
+
+    reason = "RATE_LIMITED"
 
 
 class InternalError(OpsError):

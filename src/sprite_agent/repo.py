@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sprite_agent.artifacts import ArtifactFiles
+from sprite_agent.callers import THIS_USER
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, check_request
 from sprite_agent.contract.streaming import check_query
-from sprite_agent.control import ControlEngine
-from sprite_agent.event_log import EventLog
-from sprite_agent.event_stream import StreamEnd, stream_events
-from sprite_agent.folder_watch import FolderWatch
+from sprite_agent.control.attribution import find_unattributed
+from sprite_agent.control.command import Runtime
+from sprite_agent.control.engine import ControlEngine
+from sprite_agent.control.executions import Executions
+from sprite_agent.control.state_folder import StateFolder
+from sprite_agent.errors import JournalCorrupt, JournalUnavailable
+from sprite_agent.event_log.folder_watch import FolderWatch
+from sprite_agent.event_log.log import EventLog
+from sprite_agent.event_log.stream import StreamEnd, Workers, stream_events
 from sprite_agent.snapshot import build_snapshot, read_artifacts
-from sprite_agent.state_folder import StateFolder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
     from typing import Any
 
+    from sprite_agent.callers import Caller
+    from sprite_agent.contract.agent_state import Finding, JournalHead
     from sprite_agent.contract.envelopes import ControlResult
     from sprite_agent.contract.streaming import EventBatch, EventQuery
+    from sprite_agent.control.command import User
+    from sprite_agent.errors import OpsError
     from sprite_agent.snapshot import LoopReading
+
+
+_HEAD_AGE = 1.0
+"""Seconds."""
 
 
 class Repo:
@@ -35,7 +50,15 @@ class Repo:
     """
 
     def __init__(
-        self, path: Path, *, state_folder: Path, runtime: str | None, max_stream_age: float = math.inf
+        self,
+        path: Path,
+        *,
+        state_folder: Path,
+        runtime: str | None,
+        runtime_sha256: str | None = None,
+        user: User | None = None,
+        max_stream_age: float = math.inf,
+        patience: float = math.inf,
     ) -> None:
         """Makes one; nothing is written before control is asked for.
 
@@ -43,7 +66,10 @@ class Repo:
             path: the repo.
             state_folder: where the journal and the locks are; not inside the repo.
             runtime: path of the runtime's command, where one is configured.
+            runtime_sha256: digest that file must have; None: any.
+            user: whom the command runs as; None: the user of this process.
             max_stream_age: seconds after which a stream ends, to be resumed.
+            patience: seconds after which a snapshot gives up while the log is still being read.
 
         Raises:
             ValueError: there is no folder at `path`, or the state folder is inside it.
@@ -52,17 +78,29 @@ class Repo:
             raise ValueError(f"no folder at {path}")
         self.path = path.resolve()
         self.folder = StateFolder(state_folder, self.path)
+        self.runs_as_own_user = user is not None
         self._files = ArtifactFiles(self.path)
         self._folders = FolderWatch()
+        self._workers = Workers()
         self._stream_end = StreamEnd(max_stream_age)
-        self._engine = ControlEngine(files=self._files, folder=self.folder, runtime=runtime, read_loop=self.read_loop)
+        self._engine = ControlEngine(
+            files=self._files,
+            folder=self.folder,
+            runtime=Runtime(path=runtime, sha256=runtime_sha256, user=user),
+            executions=Executions(self.folder.executions, user=user),
+            read_loop=self.read_loop,
+            log_of=self._log,
+        )
         # Guards the table of logs; nothing is done under it but looking up.
         self._lock = threading.Lock()
         self._logs: dict[str, EventLog] = {}
+        self._patience = patience
+        self._recent_head: tuple[float, JournalHead | None] = (-math.inf, None)
 
     def close(self) -> None:
         """Ends watching and closes the journal. Streams must have ended."""
         self._folders.close()
+        self._workers.close()
         self._engine.close()
 
     def loops(self) -> list[str]:
@@ -76,20 +114,25 @@ class Repo:
             LoopIdInvalid, LoopNotFound, EventsNotFound, ArtifactNotRegular
             EventMalformed: the last complete record of the log is no JSON object.
             ArtifactMalformed: an artifact can't be read as what it should be.
+            Starting: the log is still being read.
         """
         paths = self._files.require_loop(loop_id)
         found = read_artifacts(self._files, paths, self._log(loop_id).refresh())
-        return build_snapshot(found, repo=str(self.path), loop_id=loop_id, trace_id=trace_id, run_id=run_id)
+        reading = build_snapshot(found, repo=str(self.path), loop_id=loop_id, trace_id=trace_id, run_id=run_id)
+        return replace(reading, findings=self._findings(loop_id, found.approval.value))
 
     async def stream_events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """The batches of one subscription; see `event_stream.stream_events` for its promises."""
         check_query(query)
         self._files.require_loop(query.loop_id)
         log = self._log(query.loop_id)
-        batches = stream_events(log, query, repo=self.path, folders=self._folders, end=self._stream_end)
+        batches = stream_events(
+            log, query, repo=self.path, workers=self._workers, folders=self._folders, end=self._stream_end
+        )
         async with contextlib.aclosing(batches):
-            async for batch in batches:
-                yield batch
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    yield await anext(batches)  # kept in no variable: parsed, it can be large
 
     def end_streams(self) -> None:
         """Ends every stream, now and from now on, each with a last batch that says where to resume."""
@@ -97,20 +140,65 @@ class Repo:
         self._folders.wake_all()
 
     def recover(self) -> None:
-        """Finishes what an earlier process left unfinished; nothing is run again."""
+        """Finishes what an earlier process left unfinished; nothing is run again.
+
+        Raises:
+            JournalCorrupt, JournalUnavailable
+        """
         self._engine.recover()
 
-    def execute(self, document: dict[str, Any], *, deadline: float | None = None) -> ControlResult:
+    def control_fault(self) -> OpsError | None:
+        """Why control can't be served at the moment; None: it can."""
+        return self._engine.fault()
+
+    def journal_head(self) -> JournalHead | None:
+        """How far the journal has got; None: there is none yet, or it can't be read."""
+        with contextlib.suppress(JournalCorrupt, JournalUnavailable):
+            if self.folder.journal.exists():
+                return self._engine.journal.head()
+        return None
+
+    async def recent_journal_head(self) -> JournalHead | None:
+        """The same as known a second ago at most: for those who ask with every batch."""
+        taken, head = self._recent_head
+        if time.monotonic() - taken > _HEAD_AGE:
+            head = await asyncio.to_thread(self.journal_head)
+            self._recent_head = time.monotonic(), head
+        return head
+
+    def note_refusal(self, facts: dict[str, Any]) -> None:
+        """Notes in the audit that a call was refused before it came here; not each one, if there are very many."""
+        self._engine.note_refusal(facts)
+
+    def nonces(self) -> list[tuple[str, str, float]]:
+        """(key id, nonce, Unix time until which it counts) of the signatures that controls came with.
+
+        Raises:
+            JournalCorrupt, JournalUnavailable
+        """
+        return self._engine.journal.nonces()
+
+    def execute(
+        self, document: dict[str, Any], *, caller: Caller = THIS_USER, deadline: float | None = None
+    ) -> ControlResult:
         """Runs a control request, at most once for its key; see `control.ControlEngine.execute`."""
         until = time.monotonic() + MAX_CONTROL_DEADLINE if deadline is None else deadline
-        return self._engine.execute(check_request(document), deadline=until)
+        return self._engine.execute(check_request(document), caller=caller, deadline=until)
 
     def get_control(self, loop_id: str, key: str) -> ControlResult:
         """What has become of an idempotency key; see `control.ControlEngine.result`."""
         return self._engine.result(loop_id, key)
 
+    def _findings(self, loop_id: str, approval: Any) -> tuple[Finding, ...]:
+        """What an operator should look into; without a journal nobody can tell whose a decision is."""
+        with contextlib.suppress(JournalCorrupt, JournalUnavailable):
+            if self.folder.journal.exists():
+                found = find_unattributed(loop_id, approval, self._engine.journal.find_execution)
+                return () if found is None else (found,)
+        return ()
+
     def _log(self, loop_id: str) -> EventLog:
         with self._lock:
             if loop_id not in self._logs:
-                self._logs[loop_id] = EventLog(self._files, loop_id)
+                self._logs[loop_id] = EventLog(self._files, loop_id, patience=self._patience)
             return self._logs[loop_id]

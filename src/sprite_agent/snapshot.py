@@ -13,14 +13,16 @@ from sprite_agent.contract.envelopes import GATES
 from sprite_agent.contract.json_text import member
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ArtifactMalformed, ContractError, EventMalformed
-from sprite_agent.events import SEQUENCE_SOURCE, absent_if_empty, whole_number
+from sprite_agent.event_log.envelopes import SEQUENCE_SOURCE, absent_if_empty, whole_number
+from sprite_agent.event_log.records import judged
 from sprite_agent.lifecycle import event_name, run_status
 
 if TYPE_CHECKING:
     from sprite_agent.artifacts import ArtifactFiles, Document, LoopPaths
+    from sprite_agent.contract.agent_state import Finding
     from sprite_agent.contract.envelopes import SnapshotEnvelope
     from sprite_agent.contract.json_text import OpenObject
-    from sprite_agent.event_log import LogView
+    from sprite_agent.event_log.index import LogView
 
 _decode_entries = json_text.member_decoder("entries").decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -47,6 +49,8 @@ class LoopReading:
     """The position in the log that the snapshot is consistent with."""
     last_event: dict[str, Any] | None
     """The last record of the log."""
+    findings: tuple[Finding, ...] = ()
+    """What an operator should look into."""
 
 
 def read_artifacts(files: ArtifactFiles, paths: LoopPaths, log: LogView) -> LoopArtifacts:
@@ -135,9 +139,9 @@ def build_snapshot(
 
 
 def _last_event(log: LogView) -> dict[str, Any] | None:
-    record = log.last_record
-    if record is None:
+    if log.last_record is None:
         return None
+    record = judged(log.last_record)
     if record.value is None:
         raise EventMalformed(
             f"line {record.first_line} of the event log is malformed: {record.fault}",

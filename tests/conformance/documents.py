@@ -74,6 +74,7 @@ REQUEST: Json = {
     "expectedRunId": "run",
     "expectedIteration": 2,
     "expectedApprovalDigest": ARTIFACT["sha256"],
+    "requestedAt": "2026-01-02T03:04:05Z",
 }
 RESULT: Json = {
     "schemaVersion": "v1",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from sprite_agent.contract.streaming import EventQuery
-from sprite_agent.event_log import EventLog, LogReader
-from sprite_agent.event_stream import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.log import EventLog, LogReader
+from sprite_agent.event_log.stream import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from support.following import Follower
 from support.repos import LOOP, event, line, lines
 from support.waiting import DEADLINE
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from opsmgr.transport.base import Transport
     from sprite_agent.contract.streaming import EventBatch
-    from sprite_agent.event_log import LogView
-    from sprite_agent.records import Record
+    from sprite_agent.event_log.index import LogView
+    from sprite_agent.event_log.pieces import Pace, Steps
+    from sprite_agent.event_log.records import Record
     from support.repos import LoopFiles
 
 RECORDS = 900
@@ -236,15 +237,15 @@ async def test_bounded_for_a_slow_reader(
     """Whoever does not read is not read for: the stream stops a few megabytes ahead of its reader."""
     repo.append(line(event(text="x" * 10_000)) * 4000)
     read = 0
-    whole = LogReader.read
+    whole = LogReader.take
 
-    def counting(reader: LogReader, end: int) -> list[Record]:
+    def counting(reader: LogReader, end: int, pace: Pace) -> Record | None:
         nonlocal read
-        records = whole(reader, end)
-        read += sum(len(record.text) for record in records)
-        return records
+        record = whole(reader, end, pace)
+        read += len(record.text) if record else 0
+        return record
 
-    monkeypatch.setattr(LogReader, "read", counting)
+    monkeypatch.setattr(LogReader, "take", counting)
     async with follower(transport, heartbeat_interval=60.0) as following:
         first = await following.next()
         before, since = -1, time.monotonic()
@@ -332,15 +333,15 @@ async def test_heartbeats_though_the_log_grows_by_what_is_no_event(
     transport: Transport, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch, grows_by: bytes
 ) -> None:
     repo.append(line(event(n=1)), b"" if grows_by == b"\n" else b"{\n")
-    whole = EventLog.refresh
+    whole = EventLog.look_steps
 
-    def growing(log: EventLog) -> LogView:
+    def growing(log: EventLog) -> Steps[LogView]:
         repo.append(grows_by)
         return whole(log)
 
     async with follower(transport, heartbeat_interval=0.1) as following:
         await following.next()
-        monkeypatch.setattr(EventLog, "refresh", growing)
+        monkeypatch.setattr(EventLog, "look_steps", growing)
         beat = await asyncio.wait_for(following.next(), 3)
         monkeypatch.undo()
 

@@ -32,7 +32,7 @@ from sprite_agent.errors import (
     RequestRefused,
     RuntimeMissing,
 )
-from sprite_agent.server import running
+from sprite_agent.face.server import running
 from support.following import Follower
 from support.repos import LOOP, MOMENT, STANDIN, event, line, lines, put
 from support.runtime import LOOKS_ONCE, SKIPS, WAITS, executions, request, run, turn
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from opsmgr.transport.base import Snapshot, Transport
-    from sprite_agent.config import ServeConfig
     from sprite_agent.contract.envelopes import ControlRequest
     from sprite_agent.contract.streaming import EventBatch
+    from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
     Both = tuple[Transport, Transport]
@@ -871,7 +871,7 @@ async def test_without_a_runtime_control_is_refused_alike_on_both(
 async def test_while_another_command_runs_control_is_busy_alike_on_both(
     both: Both, remote: SpriteServiceTransport, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sprite_agent.control.LANE_WAIT", 0.1)
+    monkeypatch.setattr("sprite_agent.control.engine.LANE_WAIT", 0.1)
     monkeypatch.setattr(remote, "_policy", replace(remote._policy, attempts=1))  # noqa: SLF001  # one try, as over the other
     repo.ask_approval()
     turn(repo, sleep_before=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import re
 import signal
@@ -10,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from opsmgr.errors import NoAnswer
@@ -23,7 +26,11 @@ from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent import __version__
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import Draining
-from sprite_agent.server import SERVICE_NAME
+from sprite_agent.face import server
+from sprite_agent.face.credential_text import token_line
+from sprite_agent.face.credentials import new_token
+from sprite_agent.face.server import SERVICE_NAME
+from support.certificates import Authority, put
 from support.following import Follower
 from support.repos import LOOP, event, line
 from support.runtime import SKIPS, executions, request, turn
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from conftest import AgentProgram
 
     from sprite_agent.contract.envelopes import ControlRequest
+    from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
     Start = Callable[..., AgentProgram]
@@ -102,12 +110,27 @@ async def test_a_unix_socket_is_for_its_owner_only(start_agent: Start, tmp_path:
     assert (tmp_path / "agent.sock").stat().st_mode & 0o777 == 0o600
 
 
-def test_without_a_token_it_serves_and_says_that_everyone_may_call(start_agent: Start) -> None:
-    program = start_agent("--listen", "127.0.0.1:0", OPS_MANAGER_SERVICE_TOKEN="")
-    program.address()
+async def test_insecure_has_to_be_said_and_is_warned_of(start_agent: Start) -> None:
+    program = start_agent("--listen", "127.0.0.1:0", "--insecure", OPS_MANAGER_SERVICE_TOKEN="")
+    transport = SpriteServiceTransport(program.address(), policy=ONE_TRY)
 
+    assert (await transport.info()).agent_version == __version__
+
+    await transport.close()
     warnings = until(lambda: program.said("warning", by="level"), "it says so")
-    assert "no token: everyone who reaches the address may read and control" in warnings[0]["event"]
+    assert warnings[0]["event"] == "insecure: everyone who reaches the address may read and control"
+    assert warnings[0]["address"] == program.address()
+
+
+async def test_insecure_is_warned_of_again_and_again(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "INSECURE_REMINDER", 0.01)
+    with structlog.testing.capture_logs() as log:
+        async with server.running(dataclasses.replace(config, token=None, insecure=True)):
+            text = "insecure: everyone who reaches the address may read and control"
+            await asyncio.to_thread(
+                until, lambda: [entry["event"] for entry in log].count(text) >= 3, "it is said again"
+            )
+    assert all(task is asyncio.current_task() for task in asyncio.all_tasks())  # nobody goes on warning
 
 
 def test_with_a_token_it_has_nothing_to_warn_of_and_keeps_it_to_itself(program: AgentProgram) -> None:
@@ -120,11 +143,10 @@ def test_with_a_token_it_has_nothing_to_warn_of_and_keeps_it_to_itself(program: 
 
 
 async def test_a_token_file_beats_the_environment(start_agent: Start, tmp_path: Path) -> None:
-    file = tmp_path / "token"
-    file.write_text("from-the-file\n")
-    file.chmod(0o600)
+    token, known = new_token("t1", ["read"])
+    file = put(tmp_path / "tokens", f"{token_line(known)}\n".encode())
     program = start_agent("--listen", "127.0.0.1:0", "--token-file", str(file), "--sprite-id", "sprite-9")
-    transport = SpriteServiceTransport(program.address(), token="from-the-file", policy=ONE_TRY)  # noqa: S106  # see above
+    transport = SpriteServiceTransport(program.address(), token=token, policy=ONE_TRY)
 
     assert (await transport.info()).sprite_id == "sprite-9"
 
@@ -204,17 +226,107 @@ def test_a_state_folder_that_sandbox_code_can_write_is_refused(
 
 
 def test_a_repo_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    ended = called("serve", "--repo", str(tmp_path / "none"), "--listen", "127.0.0.1:0")
+    ended = called("serve", "--repo", str(tmp_path / "none"), "--listen", "127.0.0.1:0", "--insecure")
 
     assert (ended.returncode, ended.stderr) == (1, f"Error: no folder at {tmp_path / 'none'}\n")
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "8.8.8.8:50051", "example.com:50051"])
-def test_an_address_that_others_can_reach_is_refused(repo: LoopFiles, listen: str) -> None:
-    ended = called("serve", "--repo", str(repo.repo), "--listen", listen)
+# Who may be let in, and where.
 
-    assert ended.returncode == 64
-    assert f"--listen '{listen}' is not loopback: it needs TLS" in ended.stderr
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What can be given to an agent, right and wrong."""
+
+    token: str
+    cert: str
+    key: str
+    ca: str
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    authority = Authority()
+    cert, key = authority.issue().put(tmp_path, "agent")
+    ca = put(tmp_path / "ca.pem", authority.pem)
+    token = put(tmp_path / "tokens", f"{token_line(new_token('t1', ['read'])[1])}\n".encode())
+    return Files(token=str(token), cert=str(cert), key=str(key), ca=str(ca))
+
+
+TLS = ("--tls-cert", "{cert}", "--tls-key", "{key}")
+OPEN = "everyone who reaches '{}' could read and control: give --token-file,"
+REFUSED = [
+    pytest.param("127.0.0.1:0", (), OPEN, id="loopback, nothing"),
+    pytest.param("unix:{folder}/a.sock", (), OPEN, id="unix, nothing"),
+    pytest.param("127.0.0.1:0", TLS, OPEN, id="loopback, TLS only"),
+    pytest.param("0.0.0.0:0", (), "--listen '{}' is not loopback: it needs --tls-cert", id="all, nothing"),
+    pytest.param("[::]:0", ("--token-file", "{token}"), "is not loopback: it needs --tls-cert", id="all, token only"),
+    pytest.param("8.8.8.8:50051", ("--token-file", "{token}"), "is not loopback: it needs", id="another, token only"),
+    pytest.param("example.com:50051", (), "is not loopback: it needs", id="a name, nothing"),
+    pytest.param("0.0.0.0:0", TLS, OPEN, id="all, TLS only"),
+    pytest.param("0.0.0.0:0", ("--insecure",), "--insecure is for loopback and Unix sockets", id="all, insecure"),
+    pytest.param("0.0.0.0:0", (*TLS, "--insecure"), "--insecure is for loopback", id="all, TLS, insecure"),
+    pytest.param("127.0.0.1:0", ("--insecure", "--token-file", "{token}"), "leave out one of the two", id="both"),
+    pytest.param("127.0.0.1:0", ("--tls-cert", "{cert}"), "--tls-cert and --tls-key go together", id="no key"),
+    pytest.param("127.0.0.1:0", ("--tls-key", "{key}"), "--tls-cert and --tls-key go together", id="no certificate"),
+    pytest.param("127.0.0.1:0", ("--tls-client-ca", "{ca}"), "--tls-client-ca needs --tls-cert", id="CA only"),
+]
+
+
+@pytest.mark.parametrize(("listen", "words", "message"), REFUSED)
+def test_what_lets_in_whom_it_should_not_is_refused_and_says_what_to_do(
+    files: Files, tmp_path: Path, listen: str, words: tuple[str, ...], message: str
+) -> None:
+    listen = listen.format(folder=tmp_path)
+    words = tuple(word.format(**dataclasses.asdict(files)) for word in words)
+
+    ended = called("serve", "--repo", str(tmp_path), "--listen", listen, *words)
+
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert message.format(listen) in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("listen", "words"),
+    [
+        ("127.0.0.1:0", ("--token-file", "{token}")),
+        ("unix:{folder}/a.sock", ("--token-file", "{token}")),
+        ("127.0.0.1:0", (*TLS, "--token-file", "{token}")),
+        ("0.0.0.0:0", (*TLS, "--token-file", "{token}")),
+        ("0.0.0.0:0", (*TLS, "--tls-client-ca", "{ca}")),
+        ("127.0.0.1:0", (*TLS, "--tls-client-ca", "{ca}")),
+        ("unix:{folder}/a.sock", ("--insecure",)),
+    ],
+    ids=["loopback, token", "unix, token", "loopback, both", "all, both", "all, mTLS", "loopback, mTLS", "insecure"],
+)
+def test_what_lets_in_nobody_but_whom_it_should_is_served(
+    start_agent: Start, files: Files, tmp_path: Path, listen: str, words: tuple[str, ...]
+) -> None:
+    words = tuple(word.format(**dataclasses.asdict(files)) for word in words)
+
+    program = start_agent("--listen", listen.format(folder=tmp_path), *words, OPS_MANAGER_SERVICE_TOKEN="")
+
+    assert program.address()
+
+
+def test_a_key_that_others_can_read_is_refused(start_agent: Start, files: Files) -> None:
+    Path(files.key).chmod(0o640)
+    program = start_agent("--listen", "127.0.0.1:0", "--tls-cert", files.cert, "--tls-key", files.key)
+
+    assert program.exit_code() == 1
+    assert program.text == f"Error: key file {files.key} can be read by others; chmod 600 it\n"
+
+
+async def test_strangers_leave_nothing_in_the_log_that_is_no_json(start_agent: Start, files: Files) -> None:
+    program = start_agent("--listen", "127.0.0.1:0", "--tls-cert", files.cert, "--tls-key", files.key)
+    stranger = SpriteServiceTransport(program.address(), token=TOKEN, policy=ONE_TRY)
+    with pytest.raises(NoAnswer):
+        await stranger.info()
+    await stranger.close()
+    program.process.terminate()
+    assert await asyncio.to_thread(program.exit_code) == 0
+
+    assert all(text.startswith("{") for text in program.text.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -229,6 +341,8 @@ def test_an_address_that_others_can_reach_is_refused(repo: LoopFiles, listen: st
         ("serve", "--repo", ".", "--listen", "127.0.0.1:0", "--token-file", "/no/such/token"),
         ("serve", "--repo", ".", "--listen", "127.0.0.1:0", "--token", "secret"),
         ("serve", "--repo", ".", "--listen", "127.0.0.1:0", "--log-level", "loud"),
+        ("serve", "--repo", ".", "--listen", "127.0.0.1:0", "--insecure", "--max-streams-per-caller", "0"),
+        ("serve", "--repo", ".", "--listen", "127.0.0.1:0", "--insecure", "--max-control-rate", "nan"),
         ("serve", "--repo", ".", "--listen", "127.0.0.1:0", "more"),
         ("dance",),
         ("--loud",),

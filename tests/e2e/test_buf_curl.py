@@ -13,7 +13,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from sprite_agent import __version__
-from sprite_agent.server import SERVICE_NAME
+from sprite_agent.face.server import SERVICE_NAME
 from support.repos import LOOP, event, line
 from support.runtime import executions
 from support.waiting import DEADLINE

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
     from opsmgr.transport.base import AgentInfo, Snapshot, Transport, TransportName
+    from sprite_agent.contract.agent_state import JournalHead
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.contract.streaming import EventBatch
 
@@ -62,6 +63,7 @@ class _Failing:
     """A transport whose every control ends in the same error."""
 
     name: TransportName = "sprite_service"
+    journal: JournalHead | None = None
 
     def __init__(self, error: OpsError) -> None:
         self.attempts = Attempts()
@@ -149,6 +151,8 @@ async def test_a_confirmed_intent_is_recorded_whole(transport: LocalTransport, s
     found = record(store)
     del found["timestamp"]
     confirmation = found.pop("confirm")
+    mark = found["command"][7]
+    assert mark.startswith("ada#")
     assert found == {
         "loopId": LOOP,
         "intent": "reject",
@@ -165,7 +169,7 @@ async def test_a_confirmed_intent_is_recorded_whole(transport: LocalTransport, s
             "--loop",
             LOOP,
             "--by",
-            "ada",
+            mark,
             "--reject",
             "--note",
             "not yet",
@@ -174,7 +178,7 @@ async def test_a_confirmed_intent_is_recorded_whole(transport: LocalTransport, s
         "exitCode": 0,
         "confirmExitCode": 0,
         "confirmed": True,
-        "commandOutput": "rejected by ada\n",
+        "commandOutput": f"rejected by {mark}\n",
     }
     assert confirmation == result["confirmation"]
     assert confirmation["reason"] == "rejection_observed"
@@ -216,7 +220,7 @@ async def test_an_intent_that_was_not_to_be_confirmed_is_recorded_without_a_conf
 async def test_a_command_that_exits_otherwise_is_recorded_as_failed_with_its_output(
     transport: LocalTransport, store: LoopStore, repo: Path
 ) -> None:
-    put(repo / ".superloop" / "standin.json", {"exit_code": 7, "output": "went wrong"})
+    put(repo / ".superloop" / "standin.json", {"exit_code": 7, "output": "went wrong", "skip_effect": True})
 
     result = await send(transport, store, request())
 

@@ -459,6 +459,23 @@ async def test_a_truncated_log_is_escalated_and_replayed_from_its_first_line(
     assert state["divergence"]["flags"]["cursorRegression"] is True
 
 
+async def test_a_log_rewritten_after_its_first_line_is_escalated_as_such_and_replayed_from_its_first_line(
+    manager: _Manager, loop: LoopFiles
+) -> None:
+    await manager.reconcile()
+    first = loop.log.read_bytes().splitlines(keepends=True)[0]
+    loop.rewrite(first + b"".join(fresh(f"new_{number}") for number in range(3)))
+
+    state = await manager.reconcile()
+
+    [escalation] = manager.escalations
+    assert escalation["category"] == "history_rewritten"
+    assert "rewritten" in escalation["evidence"]["message"]
+    assert manager.telemetry[-1]["eventsIngested"] == 4
+    assert manager.cursor["eventLineOffset"] == 4
+    assert state["projection"]["lastEventName"] == "new_2"
+
+
 async def test_a_log_emptied_in_place_is_a_truncated_one(manager: _Manager, loop: LoopFiles) -> None:
     await manager.reconcile()
     loop.truncate(0)

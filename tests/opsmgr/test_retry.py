@@ -114,6 +114,32 @@ async def test_the_attempt_that_is_the_last_is_not_noted_as_retried(clock: _Cloc
     assert retries.attempts.retries == 1
 
 
+@pytest.mark.parametrize("last", [TokenInvalid("revoked"), ControlBusy("busy")], ids=["refused", "tried out"])
+async def test_what_an_earlier_try_may_have_run_is_not_denied_by_the_last(clock: _Clock, last: OpsError) -> None:
+    with pytest.raises(type(last)) as caught:
+        await retried(failing(NoAnswer("lost"), Draining("stopping"), last), tries(RetryPolicy(attempts=3)))
+
+    assert caught.value.executed is None
+
+
+async def test_what_no_try_has_run_is_said(clock: _Clock) -> None:
+    with pytest.raises(TokenInvalid) as caught:
+        await retried(failing(Draining("stopping"), ControlBusy("busy"), TokenInvalid("revoked")), tries())
+
+    assert caught.value.executed is False
+
+
+def test_after_progress_earlier_tries_count_no_more() -> None:
+    retries = tries()
+    retries.wait_after(NoAnswer("lost"))
+
+    retries.progress()
+
+    with pytest.raises(TokenInvalid) as caught:
+        retries.wait_after(TokenInvalid("revoked"))
+    assert caught.value.executed is False
+
+
 # What is not tried again.
 
 

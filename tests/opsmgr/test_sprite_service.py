@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import socket
 import time
 from collections import defaultdict
@@ -17,7 +18,9 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from opsmgr.errors import NoAnswer, TransportRefused
+from opsmgr.subscription import subscribe
 from opsmgr.transport import sprite_service
+from opsmgr.transport.credentials import Credentials
 from opsmgr.transport.retry import RetryPolicy
 from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent.contract import mirror
@@ -31,9 +34,13 @@ from sprite_agent.errors import (
     JournalUnavailable,
     LoopNotFound,
     OpsError,
+    RateLimited,
     RunMismatch,
+    SignatureReplayed,
+    SignatureStale,
+    StreamLimit,
 )
-from sprite_agent.server import SERVICE_NAME
+from sprite_agent.face.server import SERVICE_NAME
 from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
 from support.repos import LOOP, MOMENT, event, line
@@ -114,7 +121,9 @@ async def _played(step: Any, request: bytes, context: Any) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def faking(folder: Path, **steps: Any) -> AsyncIterator[tuple[FakeAgent, SpriteServiceTransport]]:
+async def faking(
+    folder: Path, *, signer: Any = None, **steps: Any
+) -> AsyncIterator[tuple[FakeAgent, SpriteServiceTransport]]:
     """A fake agent on a real server, and the transport to it."""
     fake = FakeAgent(dict(steps))
     server = grpc.aio.server()
@@ -125,7 +134,8 @@ async def faking(folder: Path, **steps: Any) -> AsyncIterator[tuple[FakeAgent, S
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
     server.add_insecure_port(f"unix:{folder}/fake.sock")
     await server.start()
-    transport = SpriteServiceTransport(f"unix:{folder}/fake.sock", token=TOKEN, policy=QUICK)
+    credentials = Credentials(token=TOKEN, signer=signer)
+    transport = SpriteServiceTransport(f"unix:{folder}/fake.sock", credentials=credentials, policy=QUICK)
     yield fake, transport
     await transport.close()
     await server.stop(0)
@@ -503,7 +513,144 @@ async def test_a_caller_that_is_cancelled_tries_no_more(tmp_path: Path) -> None:
         assert len(fake.requests["GetInfo"]) == 1
 
 
+@pytest.mark.parametrize("milliseconds", ["0", "300"])
+async def test_a_pushback_says_how_long_to_wait(tmp_path: Path, milliseconds: str) -> None:
+    pushback = Bare(code=grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-retry-pushback-ms", milliseconds),))
+    async with faking(tmp_path, GetInfo=[pushback, pb.GetInfoResponse()]) as (_, transport):
+        await transport.info()
+
+    assert int(milliseconds) / 1000 <= transport.attempts.waited_seconds < int(milliseconds) / 1000 + 0.1
+
+
+@pytest.mark.parametrize("text", ["-1", "never", "1.5", ""])
+@pytest.mark.parametrize("agents", [False, True])
+async def test_a_pushback_that_is_no_time_means_that_nothing_is_tried_again(
+    tmp_path: Path, *, agents: bool, text: str
+) -> None:
+    details = (("grpc-status-details-bin", to_status(ControlBusy("busy")).SerializeToString()),) if agents else ()
+    pushback = Bare(code=grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-retry-pushback-ms", text), *details))
+    async with faking(tmp_path, GetInfo=[pushback]) as (fake, transport):
+        with pytest.raises(ControlBusy if agents else NoAnswer):
+            await transport.info()
+
+        assert len(fake.requests["GetInfo"]) == 1
+
+
+@pytest.mark.parametrize("refusal", [RateLimited("too fast", retry_after=0.2), StreamLimit("64", retry_after=0.2)])
+async def test_a_limit_is_tried_again_after_the_time_that_the_agent_names(tmp_path: Path, refusal: OpsError) -> None:
+    async with faking(tmp_path, ExecuteControl=[refusal, LoopNotFound("no such loop")]) as (fake, transport):
+        with pytest.raises(LoopNotFound):
+            await transport.execute(wanted())
+
+    assert len(fake.requests["ExecuteControl"]) == 2
+    assert transport.attempts.waited_seconds >= 0.2
+    assert list(transport.attempts.codes) == [refusal.reason]
+
+
 # What is sent along.
+
+
+class Numbering:
+    """Signs with what it was given to sign and a number, so that every signature can be checked and told apart."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def sign(
+        self, method: str, body: bytes, *, token: str | None, actor: str | None = None, trace_id: str | None = None
+    ) -> str:
+        """The signature."""
+        self.count += 1
+        return f"{self.count} {method} {hashlib.sha256(body).hexdigest()} {token} {actor} {trace_id}"
+
+
+def signed(fake: FakeAgent, method: str, *, actor: str | None = None, trace_id: str | None = None) -> list[str]:
+    """What the signature of each request that came must be: of the very bytes that came."""
+    return [
+        f"{number} /{SERVICE_NAME}/{method} {hashlib.sha256(body).hexdigest()} {TOKEN} {actor} {trace_id}"
+        for number, body in enumerate(fake.requests[method], 1)
+    ]
+
+
+@EVERY_METHOD
+async def test_what_is_signed_is_what_is_sent(tmp_path: Path, method: str) -> None:
+    step: Any = LoopNotFound("no such loop")
+    steps: Any = {method: [[step] if method == "StreamEvents" else step]}
+    async with faking(tmp_path, signer=Numbering(), **steps) as (fake, transport):
+        with pytest.raises(LoopNotFound):
+            await CALLS[method](transport)
+
+    actor = "ada" if method == "ExecuteControl" else None
+    assert [metadata["x-ops-signature"] for metadata in fake.metadata] == signed(fake, method, actor=actor)
+
+
+async def test_a_trace_id_is_signed_as_well(tmp_path: Path) -> None:
+    async with faking(tmp_path, signer=Numbering(), GetSnapshot=[LoopNotFound("none")]) as (fake, transport):
+        with pytest.raises(LoopNotFound):
+            await transport.snapshot(LOOP, trace_id="trace-1")
+
+    assert fake.metadata[0]["x-ops-signature"] == signed(fake, "GetSnapshot", trace_id="trace-1")[0]
+
+
+async def test_every_attempt_is_signed_anew_and_sends_the_same_bytes(tmp_path: Path) -> None:
+    steps = [Bare(code=grpc.StatusCode.UNAVAILABLE), Draining("soon"), LoopNotFound("no such loop")]
+    async with faking(tmp_path, signer=Numbering(), ExecuteControl=steps) as (fake, transport):
+        with pytest.raises(LoopNotFound):
+            await transport.execute(wanted(traceId="trace-1"))
+
+    signatures = [metadata["x-ops-signature"] for metadata in fake.metadata]
+    assert signatures == signed(fake, "ExecuteControl", actor="ada", trace_id="trace-1")
+    assert len(signatures) == 3
+    assert len(set(fake.requests["ExecuteControl"])) == 1
+
+
+STALE = [SignatureStale("31 s old", details={"skewSeconds": 31}), SignatureReplayed("seen before")]
+
+
+@pytest.mark.parametrize("refusal", STALE)
+async def test_a_signature_that_came_late_or_twice_is_made_anew_at_once(tmp_path: Path, refusal: OpsError) -> None:
+    async with faking(tmp_path, signer=Numbering(), GetInfo=[refusal, pb.GetInfoResponse()]) as (fake, transport):
+        await transport.info()
+
+    assert len({metadata["x-ops-signature"] for metadata in fake.metadata}) == 2
+    assert (transport.attempts.waited_seconds, list(transport.attempts.codes)) == (0.0, [refusal.reason])
+
+
+@pytest.mark.parametrize("refusal", STALE)
+async def test_a_signature_is_made_anew_only_once(tmp_path: Path, refusal: OpsError) -> None:
+    async with faking(tmp_path, signer=Numbering(), GetInfo=[refusal]) as (fake, transport):
+        with pytest.raises(type(refusal)) as caught:
+            await transport.info()
+
+    assert len(fake.requests["GetInfo"]) == 2
+    assert caught.value.attempts == 2
+    assert caught.value.details == refusal.details
+
+
+async def test_a_stream_is_signed_anew_once_after_each_progress(tmp_path: Path) -> None:
+    stale, lost = STALE[0], Bare(code=grpc.StatusCode.UNAVAILABLE)
+    steps: Any = [[stale], [batch(), lost], [stale], [batch(caught_up=True)]]
+    async with faking(tmp_path, signer=Numbering(), StreamEvents=steps) as (fake, transport):
+        batches = [found async for found in subscribe(transport, EventQuery(loop_id=LOOP), policy=QUICK)]
+
+    assert len(batches) == 2
+    assert [metadata["x-ops-signature"] for metadata in fake.metadata] == signed(fake, "StreamEvents")
+
+
+async def test_a_stream_that_stays_stale_is_given_up(tmp_path: Path) -> None:
+    async with faking(tmp_path, signer=Numbering(), StreamEvents=[[STALE[0]]]) as (fake, transport):
+        with pytest.raises(SignatureStale):
+            async for _ in subscribe(transport, EventQuery(loop_id=LOOP), policy=QUICK):
+                pass
+
+    assert len(fake.requests["StreamEvents"]) == 2
+
+
+async def test_without_a_key_nothing_is_signed(tmp_path: Path) -> None:
+    async with faking(tmp_path, GetInfo=[pb.GetInfoResponse()]) as (fake, transport):
+        await transport.info()
+
+    assert "x-ops-signature" not in fake.metadata[0]
 
 
 @pytest.mark.parametrize(

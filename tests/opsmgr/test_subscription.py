@@ -358,7 +358,7 @@ async def test_watching_starts_where_it_is_told_to(transport: Transport, repo: L
     assert (following.lines, resumed.lines) == ([3, 4, 5], [4, 5])
 
 
-@pytest.mark.parametrize("change", ["replaced", "rewritten", "truncated"])
+@pytest.mark.parametrize("change", ["replaced", "rewritten", "rewritten further up", "truncated"])
 async def test_watching_tells_of_a_replaced_log_and_goes_on_with_its_first_line(
     transport: Transport, repo: LoopFiles, change: str
 ) -> None:
@@ -370,6 +370,8 @@ async def test_watching_tells_of_a_replaced_log_and_goes_on_with_its_first_line(
             repo.replace(numbered(101, 2))
         elif change == "rewritten":
             repo.rewrite(numbered(101, 2))
+        elif change == "rewritten further up":
+            repo.rewrite(numbered(1, 1) + numbered(102, 1))
         else:
             repo.truncate(len(numbered(1, 2)))
         assert await following.until_lines(5) == [1, 2, 3, 1, 2]

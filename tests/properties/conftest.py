@@ -1,4 +1,4 @@
-"""How long and how hard the properties are tried: 500 examples each, or as many as OPSMGR_EXAMPLES says."""
+"""How hard the properties are tried: 500 examples each, 20,000 in `make soak`, or as OPSMGR_EXAMPLES says."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+from support.figures import scaled
+
 settings.register_profile(
     "opsmgr",
-    max_examples=int(os.environ.get("OPSMGR_EXAMPLES", "500")),
+    max_examples=int(os.environ.get("OPSMGR_EXAMPLES", scaled(500, 20_000))),
     deadline=None,
     # CI tries the same examples each time, so that a red run is the change's doing; people's runs go on searching.
     derandomize="CI" in os.environ,

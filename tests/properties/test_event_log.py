@@ -11,18 +11,18 @@ from unittest.mock import patch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprite_agent import event_log, records, resume
 from sprite_agent.artifacts import ArtifactFiles
-from sprite_agent.errors import LogReplaced, LogTruncated
-from sprite_agent.event_log import EventLog
-from sprite_agent.records import Position, RecordReader
+from sprite_agent.errors import PositionLost
+from sprite_agent.event_log import index as log_index
+from sprite_agent.event_log import log as event_log
+from sprite_agent.event_log import records, rereading, resume
+from sprite_agent.event_log.log import EventLog
+from sprite_agent.event_log.pieces import Pace
+from support.logs import records_of, rest
 from support.repos import LOOP, LoopFiles, event, line, lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from sprite_agent.event_log import LogReader
-    from sprite_agent.records import Record
 
 PIECES = [
     line(event(n=1)),
@@ -56,21 +56,14 @@ torn = st.sampled_from([b"", b'{"torn', b" ", b"{"])
 def small_limits() -> Iterator[None]:
     """Has logs read in small pieces and records end soon, so that a short log is a long one."""
     with (
-        patch.object(event_log, "_CHUNK", 50),
+        patch.object(event_log, "CHUNK", 50),
+        patch.object(log_index, "CHUNK", 50),
+        patch.object(rereading, "CHUNK", 50),
+        patch.object(resume, "_FAR", 30),
         patch.object(resume, "WINDOW_BYTES", 20),
         patch.object(records, "MAX_RECORD_BYTES", 200),
     ):
         yield
-
-
-def rest(log: EventLog, reader: LogReader) -> list[Record]:
-    """Everything from the reader's place to the end of the log; closes the reader."""
-    found = []
-    with reader:
-        end = log.refresh().end
-        while not reader.at_end(end):
-            found += reader.read(end)
-    return found
 
 
 @settings(max_examples=100)
@@ -102,16 +95,15 @@ def test_from_any_line_and_any_token_on_the_remaining_records_are_read(content: 
         loop = LoopFiles(Path(folder))
         loop.append(content + tail)
         log = EventLog(ArtifactFiles(loop.repo), LOOP)
-        everything = RecordReader().feed(content + tail)
+        everything = records_of(content + tail)
 
         for offset in range(content.count(b"\n") + 1):
             remaining = [record for record in everything if record.last_line > offset]
             assert rest(log, log.reader_after_line(offset)) == remaining
         with log.reader_after_line(0) as reader:
-            if content:
-                assert reader.read(len(content)) == everything
-            places = [Position(0, 0), *(Position(record.last_line, record.end) for record in everything)]
-            tokens = [(place, str(reader.token(place))) for place in places]
+            tokens = [(reader.position, str(reader.token()))]
+            while reader.take(len(content), Pace()):
+                tokens.append((reader.position, str(reader.token())))
         for place, token in tokens:
             remaining = [record for record in everything if record.last_line > place.line]
             assert rest(log, log.reader_after_token(token)) == remaining
@@ -124,14 +116,13 @@ def test_tokens_made_on_the_way_are_as_good_as_any(content: bytes, tail: bytes) 
         loop = LoopFiles(Path(folder))
         loop.append(content + tail)
         log = EventLog(ArtifactFiles(loop.repo), LOOP)
-        everything = RecordReader().feed(content + tail)
+        everything = records_of(content + tail)
 
         with log.reader_after_line(0) as reader:
             while not reader.at_end(len(content)):
-                places = [Position(record.last_line, record.end) for record in reader.read(len(content))]
-                for place in (*places, reader.boundary):
-                    remaining = [record for record in everything if record.last_line > place.line]
-                    assert rest(log, log.reader_after_token(str(reader.token(place)))) == remaining
+                reader.take(len(content), Pace())
+                remaining = [record for record in everything if record.last_line > reader.position.line]
+                assert rest(log, log.reader_after_token(str(reader.token()))) == remaining
         assert rest(log, log.reader_after_token(str(log.refresh().token))) == []
 
 
@@ -151,7 +142,7 @@ def test_a_token_of_a_changed_log_is_refused_unless_all_before_it_is_as_it_was(
 
         try:
             log.reader_after_token(str(token)).close()
-        except (LogReplaced, LogTruncated):
+        except PositionLost:
             assert not now.startswith(content[: token.position.offset])
         else:
             assert now.startswith(content[: token.position.offset])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties import strategies
-from sprite_agent.json_prefix import ObjectPrefix, Verdict
+from sprite_agent.event_log.json_prefix import ObjectPrefix, Verdict
 
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 TOKEN = re.compile(rf'{STRING.pattern}|[{{}}\[\]:,]|[^"{{}}\[\]:,\s]+')

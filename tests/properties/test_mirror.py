@@ -13,6 +13,7 @@ from conformance import drift
 from properties import strategies
 from sprite_agent.contract import control_mirror, json_text, mirror, validation
 from sprite_agent.contract.json_text import OpenObject
+from support.figures import found
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,32 @@ def test_a_control_request_comes_back_as_it_was(document: Json) -> None:
 @given(strategies.control_result)
 def test_a_control_result_comes_back_as_it_was(document: Json) -> None:
     assert_the_law("control_result", document)
+
+
+DOCUMENTS = {
+    "loop_run_snapshot": strategies.snapshot,
+    "loop_run_event": strategies.event,
+    "control_request": strategies.control_request,
+    "control_result": strategies.control_result,
+}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_a_message_comes_back_as_it_was_from_being_a_document(kind: str) -> None:
+    """The law the other way round, and T24's count of both."""
+    to_message, from_message = MIRRORS[kind]
+    tried = 0
+
+    @given(DOCUMENTS[kind])
+    def law(document: Json) -> None:
+        nonlocal tried
+        tried += 1
+        sent = to_message(document).SerializeToString(deterministic=True)
+        arrived = type(to_message(document)).FromString(sent)
+        assert to_message(from_message(arrived)).SerializeToString(deterministic=True) == sent
+
+    law()
+    found("T24", f"{kind}: {tried} documents, there and back, and as many messages")
 
 
 OPEN_FIELDS = {

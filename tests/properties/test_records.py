@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import accumulate
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
@@ -11,14 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sprite_agent import records
-from sprite_agent.json_prefix import ObjectPrefix, Verdict
-from sprite_agent.records import Position, RecordReader
+from sprite_agent.contract.json_text import MAX_DEPTH
+from sprite_agent.event_log import records
+from sprite_agent.event_log.json_prefix import ObjectPrefix, Verdict
+from sprite_agent.event_log.records import Position, RecordReader
+from support.logs import fed, records_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sprite_agent.records import Record
+    from sprite_agent.event_log.records import Record
 
 LIMIT = 300
 """Longest record here, so that overlong ones stay small."""
@@ -54,6 +57,28 @@ logs = st.builds(
 )
 
 
+deep_logs = st.lists(
+    st.sampled_from(
+        [
+            b"{}\n",
+            b"1\n",
+            b",\n",
+            b"}\n",
+            b"{\n",
+            b'{"a":\n',
+            b'{"a":' + b"[" * 100 + b"\n",
+            b'"a":' + b"[" * 200 + b"\n",
+            b"[" * 150 + b"\n",
+            b"]" * 100 + b"}\n",
+            b"]" * 150 + b"\n",
+            b'{"a":' + b"[" * 255 + b"]" * 255 + b"}\n",
+            b'{"a":' + b"[" * 256 + b"]" * 256 + b"}\n",
+        ]
+    ),
+    max_size=12,
+).map(b"".join)
+
+
 @pytest.fixture(autouse=True)
 def _small_records() -> Iterator[None]:
     with patch.object(records, "MAX_RECORD_BYTES", LIMIT):
@@ -85,17 +110,24 @@ def last_line_of_object(lines: list[bytes], torn: bytes, first: int) -> int | No
     prefix = ObjectPrefix()
     for last in range(first, len(lines)):
         text = b"\n".join(lines[first : last + 1])
-        if len(text) >= LIMIT:
+        if len(text) >= records.MAX_RECORD_BYTES or depth_of(text) > MAX_DEPTH:
             return -1
         verdict = prefix.feed(lines[last] + b"\n")
         if verdict is not Verdict.OPEN or not lines[first].strip():
             return last if is_object(text) else -1
     # A line that is too long already can't go on with anything.
-    return -1 if len(torn) > LIMIT else None
+    return -1 if len(torn) > records.MAX_RECORD_BYTES else None
+
+
+def depth_of(text: bytes) -> int:
+    """How deep a text whose strings have no brackets is nested."""
+    return max(accumulate((byte in b"{[") - (byte in b"}]") for byte in text), default=0)
 
 
 def is_object(text: bytes) -> bool:
     """Whether a strict parser takes `text` for an object of valid strings."""
+    if depth_of(text) > MAX_DEPTH:
+        return False
     try:
         value = json.loads(text.decode(), parse_constant=_refused)
         json.dumps(value, ensure_ascii=False).encode()
@@ -112,22 +144,28 @@ def _refused(constant: str) -> None:
 def test_the_records_are_those_that_the_contract_describes(log: bytes) -> None:
     reader = RecordReader()
 
-    found = reader.feed(log)
+    found = fed(reader, log)
 
     assert outline(found) == by_the_book(log)
     assert reader.lines == log.count(b"\n")
 
 
+@given(deep_logs)
+def test_objects_nested_too_deep_are_malformed_and_those_inside_them_are_not(log: bytes) -> None:
+    with patch.object(records, "MAX_RECORD_BYTES", 100 * LIMIT):
+        assert outline(records_of(log)) == by_the_book(log)
+
+
 @given(st.data(), logs)
 def test_the_records_are_the_same_however_the_bytes_arrive(data: st.DataObject, log: bytes) -> None:
     whole, split = RecordReader(), RecordReader()
-    expected = whole.feed(log)
+    expected = fed(whole, log)
 
     found = []
     rest = log
     while rest:
         size = data.draw(st.integers(1, min(len(rest), 2 * LIMIT)))
-        found += split.feed(rest[:size])
+        found += fed(split, rest[:size])
         rest = rest[size:]
 
     assert found == expected
@@ -136,16 +174,16 @@ def test_the_records_are_the_same_however_the_bytes_arrive(data: st.DataObject, 
 
 @given(logs)
 def test_a_reader_started_at_any_boundary_finds_the_remaining_records(log: bytes) -> None:
-    everything = RecordReader().feed(log)
+    everything = records_of(log)
     reader = RecordReader()
     boundaries = {Position(0, 0)}
     for line in log.split(b"\n")[:-1]:
-        reader.feed(line + b"\n")
+        fed(reader, line + b"\n")
         boundaries.add(reader.boundary)
     boundaries |= {Position(record.last_line, record.end) for record in everything}
 
     for boundary in boundaries:
-        found = RecordReader(boundary).feed(log[boundary.offset :])
+        found = fed(RecordReader(boundary), log[boundary.offset :])
         assert found == [record for record in everything if record.last_line > boundary.line]
 
 
@@ -153,7 +191,7 @@ def test_a_reader_started_at_any_boundary_finds_the_remaining_records(log: bytes
 def test_text_size_and_place_of_a_record_are_those_of_its_lines(log: bytes) -> None:
     lines = [line + b"\n" for line in log.split(b"\n")[:-1]]
 
-    for record in RecordReader().feed(log):
+    for record in records_of(log):
         text = b"".join(lines[record.first_line - 1 : record.last_line])
         assert record.end == len(b"".join(lines[: record.last_line]))
         assert record.size_bytes == len(text)

@@ -17,7 +17,7 @@ from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent.contract.error_details import from_status
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import NotAuthenticated, TokenInvalid, TokenMissing
-from sprite_agent.server import SERVICE_NAME, running
+from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.v1 import control_pb2, service_pb2_grpc
 from sprite_agent.v1 import service_pb2 as pb
 from support.repos import LOOP
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from conftest import Agent
 
-    from sprite_agent.config import ServeConfig
+    from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
     Metadata = tuple[tuple[str, str], ...]
@@ -188,6 +188,22 @@ async def test_no_log_has_anything_of_a_token(
                 except grpc.aio.AioRpcError as error:
                     assert error.code() in {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAUTHENTICATED}  # noqa: PT017  # some pass
 
-    assert len(log) == 7
+    assert len([entry for entry in log if entry["event"] == "call"]) == 7
     assert TOKEN not in str(log)
     assert "a-wrong-one" not in str(log)
+
+
+@GUARDED
+async def test_of_a_bug_in_the_checks_a_peer_learns_nothing(
+    channel: grpc.aio.Channel, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise RuntimeError("a secret of ours")
+
+    monkeypatch.setattr("sprite_agent.face.access.Access.identify", bug)
+
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call(channel, (("authorization", f"Bearer {TOKEN}"),))
+
+    assert raised.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in repr(raised.value)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sprite_agent.contract.confirmation import (
+    Decision,
     Evidence,
     Finding,
     build_record,
+    decided_another,
     enough,
     evidence_from,
     find_effect,
@@ -19,6 +21,7 @@ from sprite_agent.contract.confirmation import (
 )
 from sprite_agent.errors import ArtifactMalformed, EventsNotFound, OpsError
 from sprite_agent.repo import Repo
+from support.journals import BEFORE
 from support.repos import LOOP, LoopFiles, event, line
 
 if TYPE_CHECKING:
@@ -26,20 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sprite_agent.contract.envelopes import ControlEffect, Intent
-
-BEFORE = Evidence(
-    status="awaiting_approval",
-    active=False,
-    lines=10,
-    last_event="approval_requested",
-    last_event_status=None,
-    approval_status="pending",
-    approval_digest="a" * 64,
-    completion_ok=False,
-    summary={"iteration": 1},
-    observed_at="2026-01-02T03:04:05Z",
-)
-"""A loop that waits for approval."""
 
 RUNNING = dataclasses.replace(BEFORE, status="running", active=True, approval_status=None)
 
@@ -72,9 +61,12 @@ def run_on(**members: Any) -> Evidence:
         (RUNNING, NOTHING),
         (run_on(status="stopped"), NOTHING),
         (run_on(active=None), NOTHING),
+        (run_on(active=False, status="stopped", target_is_gone=False), NOTHING),
     ],
 )
-def test_a_cancel_shows_when_the_loop_is_neither_active_nor_running(now: Evidence, finding: Finding) -> None:
+def test_a_cancel_shows_when_the_loop_is_neither_active_nor_running_and_its_process_gone(
+    now: Evidence, finding: Finding
+) -> None:
     assert find_effect("cancel", now, RUNNING) == finding
 
 
@@ -157,6 +149,106 @@ def test_an_effect_is_enough_when_it_is_as_much_as_was_asked_for(
     *, finding: Finding, required: ControlEffect, is_enough: bool
 ) -> None:
     assert enough(finding, required) is is_enough
+
+
+# The rules under a mark, as the agent has them.
+
+MARK = "ada#0123456789abcdef"
+OURS: dict[str, Any] = {**APPROVED, "decided_by": MARK}
+DECIDED_IN_LOG = Decision("approval_decision", "approved", MARK, "run-1")
+DONE_IN_LOG = Decision("loop_complete", None, None, "run-1")
+
+
+@pytest.mark.parametrize(
+    ("now", "finding"),
+    [
+        (changed(**OURS), DECIDED),
+        (changed(**APPROVED), NOTHING),
+        (changed(**APPROVED, decided_by="ada"), NOTHING),
+        (changed(**APPROVED, decided_by="ada#fedcba9876543210"), NOTHING),
+        (changed(**{**OURS, "approval_digest": BEFORE.approval_digest}), NOTHING),
+        (changed(**{**OURS, "approval_status": "rejected"}), NOTHING),
+        (changed(**DECISION, last_event_status="approved"), NOTHING),
+        (changed(lines=11, last_event="approval_consumed"), NOTHING),
+        (changed(decisions=(DECIDED_IN_LOG,)), DECIDED),
+        (changed(decisions=(DECIDED_IN_LOG._replace(event="approval_consumed"),)), DECIDED),
+        (changed(decisions=(DECIDED_IN_LOG._replace(by="ada"),)), NOTHING),
+        (changed(decisions=(DECIDED_IN_LOG._replace(by=None),)), NOTHING),
+        (changed(decisions=(DECIDED_IN_LOG._replace(status="rejected"),)), NOTHING),
+        (changed(decisions=(DECIDED_IN_LOG._replace(by="eve"), DECIDED_IN_LOG)), DECIDED),
+    ],
+)
+def test_under_a_mark_only_a_decision_that_bears_it_shows(now: Evidence, finding: Finding) -> None:
+    """C5, C11: in the approval request or in the log."""
+    assert find_effect("approve", now, BEFORE, MARK) == finding
+
+
+REJECTED_BY_US = changed(approval_status="rejected", approval_digest="b" * 64, decided_by=MARK)
+
+
+@pytest.mark.parametrize(
+    ("now", "finding"),
+    [
+        (REJECTED_BY_US, REJECTED),
+        (dataclasses.replace(REJECTED_BY_US, decided_by="eve"), NOTHING),
+        (changed(decisions=(DECIDED_IN_LOG._replace(status="rejected"),)), REJECTED),
+        (changed(**OURS), NOTHING),
+        (changed(decisions=(DECIDED_IN_LOG,)), NOTHING),
+    ],
+)
+def test_under_a_mark_a_reject_shows_as_a_rejection_that_bears_it(now: Evidence, finding: Finding) -> None:
+    assert find_effect("reject", now, BEFORE, MARK) == finding
+
+
+ASKED = dataclasses.replace(BEFORE, asking_run="run-1", summary_run="run-1")
+
+
+def after(**members: Any) -> Evidence:
+    """The loop that waits for approval of run-1, a moment after we approved it."""
+    return dataclasses.replace(ASKED, **{**OURS, **members})
+
+
+SUMMED: dict[str, Any] = {"completion_ok": True, "summary": {"iteration": 2}}
+
+
+@pytest.mark.parametrize(
+    ("now", "finding"),
+    [
+        (after(**SUMMED), COMPLETED),
+        (after(**SUMMED, summary_run=None), COMPLETED),
+        (after(**SUMMED, summary_run="run-old"), DECIDED),
+        (after(completion_ok=True), DECIDED),
+        (after(decisions=(DECIDED_IN_LOG, DONE_IN_LOG)), COMPLETED),
+        (after(decisions=(DONE_IN_LOG._replace(run_id=None),)), COMPLETED),
+        (after(decisions=(DONE_IN_LOG._replace(run_id="run-old"),)), DECIDED),
+        (after(decisions=(DECIDED_IN_LOG,), lines=11, last_event="loop_complete"), DECIDED),
+        (after(lines=11, last_event="loop_complete"), COMPLETED),
+        (after(lines=11, last_event="loop_complete", summary_run="run-old"), DECIDED),
+        (after(last_event="loop_complete"), DECIDED),
+        (after(**SUMMED, decided_by="eve"), NOTHING),
+        (after(decisions=(DONE_IN_LOG,), decided_by="eve"), NOTHING),
+    ],
+)
+def test_under_a_mark_a_completion_shows_only_with_our_decision_and_of_the_run_that_asked(
+    now: Evidence, finding: Finding
+) -> None:
+    """C4: not the completion of another run."""
+    assert find_effect("approve", now, ASKED, MARK) == finding
+
+
+@pytest.mark.parametrize(
+    ("now", "is_another"),
+    [
+        (changed(decided_by=MARK, subject="x"), True),
+        (changed(decided_by=MARK, subject="s"), False),
+        (changed(decided_by="eve", subject="x"), False),
+        (changed(decided_by=None, subject=None), False),
+    ],
+)
+def test_a_decision_is_on_another_request_when_the_mark_is_on_another_subject(
+    *, now: Evidence, is_another: bool
+) -> None:
+    assert decided_another(now, changed(subject="s"), MARK) is is_another
 
 
 # Looking.
@@ -260,6 +352,57 @@ def test_an_effect_that_does_not_show_is_explained(intent: Intent, now: Evidence
     assert look(intent, now, timeout=0).detail == detail
 
 
+def test_a_living_process_of_the_run_is_explained() -> None:
+    detail = look("cancel", run_on(active=None, status="unknown", target_is_gone=False), timeout=0).detail
+
+    assert detail == "the loop is still unknown, active None, and the process of its run lives"
+
+
+STILL = run_on(active=None, status="stopped")
+
+
+@pytest.mark.parametrize(
+    ("looks", "confirmed", "attempts"),
+    [
+        ([STILL, STILL], True, 2),
+        ([STILL, RUNNING], False, 2),
+        ([RUNNING, STILL], False, 1),
+    ],
+)
+def test_what_has_to_show_for_a_while_is_looked_at_twice_even_without_time(
+    *, looks: list[Evidence], confirmed: bool, attempts: int
+) -> None:
+    """C2: a run that was not stopped writes its state once more."""
+    began = time.monotonic()
+    found = look_for_effect(
+        "cancel", seen(*looks), baseline=RUNNING, required="completed", timeout=0, interval=0, settle=0.1
+    )
+
+    assert (time.monotonic() - began >= 0.1) is (attempts == 2)
+    assert (found.record["confirmed"], found.record["attempts"]) == (confirmed, attempts)
+    assert (found.effect == "completed") is confirmed
+
+
+def test_what_has_to_show_for_a_while_starts_anew_each_time_it_does_not() -> None:
+    unreadable = ArtifactMalformed("state.json can't be read")
+    looks: list[Evidence | OpsError] = [STILL, RUNNING, STILL, unreadable, unreadable, STILL, STILL]
+
+    found = look_for_effect(
+        "cancel", seen(*looks), baseline=RUNNING, required="completed", timeout=60, interval=0, settle=0.01
+    )
+
+    assert (found.record["confirmed"], found.record["attempts"]) == (True, 7)
+
+
+def test_what_showed_and_cannot_be_looked_at_again_is_not_confirmed() -> None:
+    looks = seen(STILL, ArtifactMalformed("state.json can't be read"))
+
+    found = look_for_effect("cancel", looks, baseline=RUNNING, required="completed", timeout=0, interval=0, settle=0.01)
+
+    assert found.record["confirmed"] is False
+    assert found.detail == "the loop can't be read: state.json can't be read"
+
+
 def test_what_cannot_be_read_shows_nothing_yet() -> None:
     unreadable = ArtifactMalformed("state.json can't be read")
 
@@ -274,7 +417,7 @@ def test_a_loop_that_can_never_be_read_is_not_confirmed_and_nothing_was_observed
 
     assert found.effect == "none"
     assert found.detail == "the loop can't be read: required artifact missing"
-    assert (found.record["confirmed"], found.record["reason"]) == (False, "timeout")
+    assert (found.record["confirmed"], found.record["reason"], found.now) == (False, "timeout", None)
     observed = [value for name, value in found.record.items() if name.startswith("observed") and name != "observedAt"]
     assert observed == [None] * 4
     assert found.record["observedAt"].endswith("Z")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sprite_agent import control
-from sprite_agent.command import run_command
+from sprite_agent import repo as repo_module
 from sprite_agent.contract.validation import violations
-from sprite_agent.control import MAX_CONTROLS
+from sprite_agent.control import engine as control
+from sprite_agent.control.engine import MAX_CONTROLS
+from sprite_agent.control.executions import EXECUTOR, Executions
+from sprite_agent.control.processes import name_of
 from sprite_agent.errors import (
     ActorInvalid,
     ApprovalNotPending,
@@ -25,26 +28,39 @@ from sprite_agent.errors import (
     IdempotencyKeyInvalid,
     IdempotencyKeyMissing,
     IntentUnsupported,
-    InternalError,
     LoopIdInvalid,
     NoteInvalid,
-    OpsError,
+    NotExecuted,
     RequestInvalid,
     RequestRefused,
     RuntimeMissing,
+    RuntimeUntrusted,
 )
-from sprite_agent.processes import pid_is_alive
 from sprite_agent.repo import Repo
-from sprite_agent.state_folder import StateFolder
-from support.repos import LOOP, STANDIN, LoopFiles, event, line, put
-from support.runtime import LOOKS_ONCE, SKIPS, WAITS, executions, request, run, script, this_python_first, turn
+from support.repos import LOOP, STANDIN, put
+from support.runtime import (
+    LOOKS_ONCE,
+    SKIPS,
+    WAITS,
+    again,
+    executions,
+    made_folder,
+    mark_in,
+    request,
+    run,
+    script,
+    state_of,
+    turn,
+)
 from support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from sprite_agent.contract.envelopes import ControlResult
+    from sprite_agent.errors import OpsError
+    from support.repos import LoopFiles
 
     MakeRepo = Callable[..., Repo]
 
@@ -58,39 +74,6 @@ with open(found, "w") as file:
     file.write(repr(rows.fetchall()))
 """
 """A command that finds out what the journal has at its start."""
-
-
-@pytest.fixture(autouse=True)
-def _python(monkeypatch: pytest.MonkeyPatch) -> None:
-    this_python_first(monkeypatch)
-
-
-@pytest.fixture
-def loop(tmp_path: Path) -> LoopFiles:
-    """A loop that waits for approval."""
-    loop = LoopFiles(tmp_path / "repo")
-    loop.append(line(event("approval_requested")))
-    loop.ask_approval()
-    return loop
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def make_repo(loop: LoopFiles, state: Path) -> Iterator[MakeRepo]:
-    """Makes the repo, with the stand-in for its runtime unless told otherwise."""
-    made: list[Repo] = []
-
-    def make(runtime: str | None = str(STANDIN)) -> Repo:
-        made.append(Repo(loop.repo, state_folder=state, runtime=runtime))
-        return made[-1]
-
-    yield make
-    for repo in made:
-        repo.close()
 
 
 @pytest.fixture
@@ -115,6 +98,8 @@ def test_an_approve_is_recorded_by_the_runtime_and_ambiguous_until_a_run_consume
     result = repo.execute(request(note="well done", traceId="trace-1", confirmation=LOOKS_ONCE))
 
     check_result(result)
+    mark = mark_in(result)
+    assert re.fullmatch(r"ada#[0-9a-f]{16}", mark)
     assert {**result, "startedAt": "", "finishedAt": "", "journal": {}, "confirmation": {}} == {
         "schemaVersion": "v1",
         "envelopeType": "control_result",
@@ -133,17 +118,17 @@ def test_an_approve_is_recorded_by_the_runtime_and_ambiguous_until_a_run_consume
         "replayed": False,
         "command": [
             *(str(STANDIN), "approve", "--repo", str(loop.repo), "--loop", LOOP),
-            *("--by", "ada", "--note", "well done"),
+            *("--by", mark, "--note", "well done"),
         ],
         "exitCode": 0,
         "timedOut": False,
-        "output": "approved by ada\n",
+        "output": f"approved by {mark}\n",
         "startedAt": "",
         "finishedAt": "",
         "confirmation": {},
         "journal": {},
     }
-    assert approval(loop)["decision"]["by"] == "ada"
+    assert approval(loop)["decision"]["by"] == mark
     assert approval(loop)["decision"]["note"] == "well done"
     assert [execution["argv"][1:] for execution in executions(loop)] == [result["command"][1:]]
 
@@ -164,19 +149,6 @@ def test_the_confirmation_record_says_what_was_looked_for_and_seen(repo: Repo) -
         "observedActive": None,
         "observedAt": "",
     }
-
-
-def test_an_approve_is_confirmed_by_the_decision_where_that_is_what_was_asked_for(repo: Repo) -> None:
-    result = repo.execute(request(confirmation={**WAITS, "requiredEffect": "decision_recorded"}))
-
-    check_result(result)
-    assert (result["status"], result["reason"], result["effect"]) == (
-        "confirmed",
-        "decision_observed",
-        "decision_recorded",
-    )
-    assert result["confirmation"] is not None
-    assert result["confirmation"]["confirmed"]
 
 
 def test_an_approve_is_confirmed_by_the_completion_when_the_run_is_started_again_meanwhile(
@@ -222,26 +194,6 @@ def test_a_cancel_stops_the_run_and_is_confirmed_when_nothing_is_active(
     assert not loop.state.exists()
 
 
-def test_a_cancel_without_effect_is_ambiguous(repo: Repo, loop: LoopFiles) -> None:
-    put(loop.state, {"active": True, "current_loop_id": LOOP})
-    turn(loop, skip_effect=True)
-
-    result = repo.execute(request("cancel"))
-
-    assert (result["status"], result["reason"], result["effect"]) == ("ambiguous", "timeout", "none")
-    assert result["detail"] == "the loop is still awaiting_approval, active True"
-
-
-@pytest.mark.parametrize("intent", ["approve", "reject"])
-def test_a_decision_without_effect_is_ambiguous(repo: Repo, loop: LoopFiles, intent: str) -> None:
-    turn(loop, skip_effect=True)
-
-    result = repo.execute(request(intent))
-
-    assert (result["status"], result["reason"], result["effect"]) == ("ambiguous", "timeout", "none")
-    assert result["detail"] == "the decision does not show: approval status pending, last event approval_requested"
-
-
 @pytest.mark.parametrize("intent", ["approve", "reject", "cancel"])
 def test_without_a_confirmation_the_result_says_only_that_it_ran(repo: Repo, loop: LoopFiles, intent: str) -> None:
     put(loop.state, {"active": True, "current_loop_id": LOOP})
@@ -259,19 +211,21 @@ def test_a_note_is_a_note_whatever_it_looks_like(repo: Repo, loop: LoopFiles, no
 
     assert approval(loop)["status"] == "approved"
     assert approval(loop)["decision"]["note"] == note
-    assert approval(loop)["decision"]["by"] == "ada"
+    assert approval(loop)["decision"]["by"].startswith("ada#")
 
 
 def test_whoever_asks_is_taken_by_their_word_whatever_it_looks_like(repo: Repo, loop: LoopFiles) -> None:
     repo.execute(request(requestedBy="--reject"))
 
-    assert (approval(loop)["status"], approval(loop)["decision"]["by"]) == ("approved", "--reject")
+    by, _, execution = approval(loop)["decision"]["by"].rpartition("#")
+    assert (approval(loop)["status"], by, len(execution)) == ("approved", "--reject", 16)
 
 
 # What becomes of a command.
 
 
 def test_a_command_that_fails_is_reported_with_its_exit_code_and_output(repo: Repo, loop: LoopFiles) -> None:
+    """I5: an answer, the same whenever it is asked for again, and no error to be retried."""
     turn(loop, exit_code=7, output="no such thing\n", skip_effect=True)
 
     result = repo.execute(request(confirmation=WAITS))
@@ -279,8 +233,8 @@ def test_a_command_that_fails_is_reported_with_its_exit_code_and_output(repo: Re
     check_result(result)
     assert (result["state"], result["status"], result["reason"]) == ("done", "failed_command", "command_failed")
     assert (result["executed"], result["exitCode"], result["output"]) == (True, 7, "no such thing\n")
-    assert (result["detail"], result["confirmation"]) == ("the command exited with 7", None)
-    assert repo.execute(request(confirmation=WAITS)) == {**result, "replayed": True}
+    assert (result["detail"], result["effect"], result["confirmation"]) == ("the command exited with 7", "none", None)
+    assert repo.execute(request(confirmation=WAITS)) == again(result)
     assert len(executions(loop)) == 1
 
 
@@ -295,7 +249,7 @@ def test_a_command_that_cannot_be_started_is_reported_as_not_executed(make_repo:
     check_result(result)
     assert (result["status"], result["reason"], result["executed"]) == ("failed_command", "command_failed", False)
     assert (result["exitCode"], result["detail"]) == (None, "the command could not be started")
-    assert repo.get_control(LOOP, "key-1") == {**result, "replayed": True}
+    assert repo.get_control(LOOP, "key-1") == again(result)
 
 
 @pytest.mark.parametrize("runtime", [None, "gone", "."])
@@ -308,18 +262,69 @@ def test_without_a_runtime_nothing_is_recorded(make_repo: MakeRepo, tmp_path: Pa
         repo.get_control(LOOP, "key-1")
 
 
-def test_a_command_over_its_time_is_reported_as_ended(
-    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+def test_a_runtime_that_is_not_the_configured_file_is_not_run(loop: LoopFiles, state: Path) -> None:
+    repo = Repo(loop.repo, state_folder=state, runtime=str(STANDIN), runtime_sha256="0" * 64)
+
+    with pytest.raises(RuntimeUntrusted, match="is not the one that was configured"):
+        repo.execute(request())
+    with pytest.raises(ControlNotFound):
+        repo.get_control(LOOP, "key-1")
+    repo.close()
+    assert executions(loop) == []
+
+
+def test_a_command_whose_executor_cannot_be_started_was_not_run_and_its_key_is_free(
+    repo: Repo, loop: LoopFiles, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turn(loop, sleep_before=1000, ignore_sigterm=True)
-    monkeypatch.setattr(control, "run_command", functools.partial(run_command, timeout=1.0))
+    monkeypatch.setattr("sprite_agent.control.executions.EXECUTOR", ("/nowhere/python",))
+
+    with pytest.raises(NotExecuted) as error:
+        repo.execute(request())
+    assert (error.value.executed, error.value.retryable, error.value.retry_after) == (False, True, 1.0)
+    with pytest.raises(ControlNotFound):
+        repo.get_control(LOOP, "key-1")
+    assert list((state / "executions").iterdir()) == []
+    monkeypatch.setattr("sprite_agent.control.executions.EXECUTOR", EXECUTOR)
 
     result = repo.execute(request())
+    assert (result["executed"], result["replayed"], result["journal"]["sequence"]) == (True, False, 1)
+    assert len(executions(loop)) == 1
+
+
+def time_limit(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Has the repos made from now on end commands after so many seconds."""
+    monkeypatch.setattr(repo_module, "Executions", functools.partial(Executions, timeout=seconds))
+
+
+def test_a_command_over_its_time_is_reported_as_ended(
+    make_repo: MakeRepo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I13: nothing is held for ever."""
+    turn(loop, sleep_before=1000, ignore_sigterm=True)
+    time_limit(monkeypatch, 1.0)
+
+    result = make_repo().execute(request(confirmation=WAITS))
 
     check_result(result)
     assert (result["status"], result["timedOut"], result["exitCode"]) == ("failed_command", True, -9)
     assert result["detail"] == "the command ran over its time limit and was ended"
-    assert not pid_is_alive(executions(loop)[0]["pid"])
+    assert name_of(executions(loop)[0]["pid"]) is None
+
+
+def test_the_effect_of_a_command_over_its_time_counts(
+    make_repo: MakeRepo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I13: its effect is looked for all the same."""
+    turn(loop, sleep_after=1000, ignore_sigterm=True)
+    time_limit(monkeypatch, 2.0)
+
+    result = make_repo().execute(request("reject", confirmation=WAITS))
+
+    check_result(result)
+    assert (result["status"], result["reason"], result["timedOut"]) == ("confirmed", "rejection_observed", True)
+    assert result["detail"] == (
+        "PARTIAL_EFFECT: the effect shows, but the command ran over its time limit and was ended"
+    )
 
 
 def test_of_a_long_output_the_end_is_kept(repo: Repo, loop: LoopFiles) -> None:
@@ -352,96 +357,6 @@ def test_the_row_is_there_before_the_command_starts(make_repo: MakeRepo, state: 
     assert found.read_text() == "[('executing', 'key-1', 'approve')]"
 
 
-# While the effect is looked for.
-
-
-def test_a_loop_that_cannot_be_read_afterwards_makes_the_result_ambiguous(
-    make_repo: MakeRepo, loop: LoopFiles, tmp_path: Path
-) -> None:
-    repo = make_repo(script(tmp_path / "superloop", f"rm {loop.log}"))
-
-    result = repo.execute(request(confirmation={"mode": "wait", "timeoutSeconds": 0.3}))
-
-    check_result(result)
-    assert (result["status"], result["reason"], result["effect"]) == ("ambiguous", "timeout", "none")
-    assert result["detail"] == f"the loop can't be read: required artifact missing: {loop.log}"
-    assert result["confirmation"] is not None
-    assert result["confirmation"]["attempts"] >= 2
-    assert result["confirmation"]["observedStatus"] is None
-
-
-@pytest.mark.parametrize("file", ["state", "approval", "run_summary", "active_run"])
-def test_an_artifact_that_is_malformed_for_a_while_only_delays_the_confirmation(
-    make_repo: MakeRepo, loop: LoopFiles, tmp_path: Path, file: str
-) -> None:
-    path = getattr(loop, file)
-    loop.approval.unlink()
-    put(loop.state, {"active": True, "current_loop_id": LOOP})
-    repo = make_repo(script(tmp_path / "superloop", f"rm {loop.state}; printf '{{' > {path}"))
-    with ThreadPoolExecutor() as pool:
-        asked = pool.submit(repo.execute, request("cancel", confirmation=WAITS))
-        until(lambda: repo_state(repo) == "executed", "the command has ended")
-        path.unlink()
-        result = asked.result()
-
-    assert (result["status"], result["reason"]) == ("confirmed", "inactive_not_running")
-
-
-def repo_state(repo: Repo) -> str | None:
-    """How far the key has got."""
-    try:
-        return repo.get_control(LOOP, "key-1")["state"]
-    except ControlNotFound:
-        return None
-
-
-def test_what_was_so_before_the_command_does_not_confirm_it(repo: Repo, loop: LoopFiles) -> None:
-    loop.summarize({"completion_ok": True})
-    loop.append(line(event("loop_complete")))
-    turn(loop, skip_effect=True)
-
-    result = repo.execute(request())
-
-    assert (result["status"], result["effect"]) == ("ambiguous", "none")
-
-
-def test_another_decision_than_the_one_asked_for_does_not_confirm_it(
-    make_repo: MakeRepo, loop: LoopFiles, tmp_path: Path
-) -> None:
-    approved = json.dumps({"status": "approved"})
-    repo = make_repo(script(tmp_path / "superloop", f"printf '%s' '{approved}' > {loop.approval}"))
-
-    result = repo.execute(request("reject"))
-
-    assert (result["status"], result["effect"]) == ("ambiguous", "none")
-
-
-# What cannot be recorded.
-
-
-@pytest.mark.parametrize(
-    "damage",
-    ["printf 'not a database, and long enough to be seen as none of those: %500s' x > {journal}", "rm {journal}"],
-    ids=["overwritten", "removed"],
-)
-def test_a_command_that_ran_and_could_not_be_recorded_is_never_said_not_to_have_run(
-    make_repo: MakeRepo, state: Path, tmp_path: Path, damage: str
-) -> None:
-    ran = tmp_path / "ran"
-    journal = state / "journal.sqlite3"
-    repo = make_repo(script(tmp_path / "superloop", f"touch {ran}; {damage.format(journal=journal)}"))
-
-    found: OpsError | None = None
-    try:
-        executed: bool | None = repo.execute(request())["executed"]
-    except OpsError as error:
-        found, executed = error, error.executed
-
-    assert ran.exists()
-    assert executed is not False
-    assert found is None or isinstance(found, InternalError)
-
-
 # One at a time.
 
 
@@ -462,6 +377,7 @@ def test_commands_of_different_keys_run_one_after_the_other(
 
 
 def test_of_an_approve_and_a_reject_at_once_one_is_run_and_the_other_refused(repo: Repo, loop: LoopFiles) -> None:
+    """C1: the second finds the request decided, and nothing is spawned for it."""
     turn(loop, sleep_before=0.2)
     together = threading.Barrier(2)
 
@@ -484,7 +400,7 @@ def test_while_another_process_runs_a_command_control_is_busy_and_nothing_is_rec
 ) -> None:
     monkeypatch.setattr(control, "LANE_WAIT", 0.1)
 
-    with StateFolder(state, loop.repo).lane(0), pytest.raises(ControlBusy) as busy:
+    with made_folder(state, loop).lane(0), pytest.raises(ControlBusy) as busy:
         repo.execute(request())
 
     assert (busy.value.retryable, busy.value.retry_after, busy.value.executed) == (True, 1.0, False)
@@ -502,13 +418,14 @@ def test_more_controls_than_are_worked_on_at_once_are_busy(
     repo = make_repo(script(tmp_path / "superloop", f"read line < {gate}"))
     with ThreadPoolExecutor(MAX_CONTROLS) as pool:
         first = pool.submit(repo.execute, request())
-        until(lambda: repo_state(repo) == "executing", "the command runs")
+        until(lambda: state_of(repo) == "executing", "the command runs")
         others = [pool.submit(repo.execute, request()) for _ in range(MAX_CONTROLS - 1)]
         try:
             until(lambda: is_busy(repo), "no more are taken on")
         finally:
             gate.write_text("go\n")
         assert [each.result()["replayed"] for each in [first, *others]] == [False] + [True] * (MAX_CONTROLS - 1)
+    assert MAX_CONTROLS == 64
     assert not is_busy(repo)
 
 
@@ -568,12 +485,15 @@ def is_busy(repo: Repo) -> bool:
         ({"expectedIteration": -1}, RequestInvalid),
         ({"expectedIteration": "1"}, RequestInvalid),
         ({"expectedApprovalDigest": "A" * 64}, RequestInvalid),
+        ({"requestedAt": "yesterday"}, RequestInvalid),
+        ({"requestedAt": "2026-01-02T03:04:05"}, RequestInvalid),
         ({"unknown": 1}, RequestInvalid),
     ],
 )
 def test_a_request_that_is_none_is_refused_by_its_first_field_at_fault(
     repo: Repo, loop: LoopFiles, members: dict[str, Any], refusal: type[OpsError]
 ) -> None:
+    """I11, C8: a key is needed, and no line break gets into what is recorded."""
     with pytest.raises(refusal) as refused:
         repo.execute(request(**members))
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,24 +16,30 @@ from sprite_agent.errors import (
     ArtifactNotRegular,
     CursorBeyondEnd,
     EventsNotFound,
+    HistoryRewritten,
     LogReplaced,
     LogTruncated,
     LoopNotFound,
     PositionLost,
     ResumeTokenInvalid,
+    Starting,
 )
-from sprite_agent.event_log import EventLog
-from sprite_agent.records import MAX_RECORD_BYTES, Position, RecordReader
-from sprite_agent.resume import ResumeToken, parse_token
+from sprite_agent.event_log import index as log_index
+from sprite_agent.event_log import rereading
+from sprite_agent.event_log.log import EventLog
+from sprite_agent.event_log.pieces import PIECE, Pace, goes_on
+from sprite_agent.event_log.records import MAX_RECORD_BYTES, Position
+from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
+from sprite_agent.event_log.resume import WINDOW_BYTES, ResumeToken, parse_token
+from support.logs import numbered, records_of, rest, taken
 from support.repos import LOOP, LoopFiles, event, line, lines
+from support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path, PurePosixPath
 
     from sprite_agent.errors import OpsError
-    from sprite_agent.event_log import LogReader
-    from sprite_agent.records import Record
 
 MIXED = b"".join(
     [
@@ -61,31 +70,13 @@ def log(loop: LoopFiles) -> EventLog:
     return EventLog(ArtifactFiles(loop.repo), LOOP)
 
 
-def rest(log: EventLog, reader: LogReader) -> list[Record]:
-    """Everything from the reader's place to the end of the log; closes the reader."""
-    found = []
-    with reader:
-        end = log.refresh().end
-        while not reader.at_end(end):
-            found += reader.read(end)
-    return found
-
-
-def numbered(count: int, first: int = 1, width: int = 0) -> bytes:
-    """Lines with events."""
-    return b"".join(line(event(n=number, text="x" * width)) for number in range(first, first + count))
-
-
 def token_after(log: EventLog, line: int) -> str:
     """A resume token after `line` lines, for a log in which each line is a record."""
     end = log.refresh().end
     with log.reader_after_line(0) as reader:
-        position = Position(0, 0)
-        while position.line < line:
-            for record in reader.read(end):
-                if record.last_line == line:
-                    position = Position(line, record.end)
-        return str(reader.token(position))
+        while reader.position.line < line:
+            assert reader.take(end, Pace())
+        return str(reader.token())
 
 
 # The index.
@@ -174,7 +165,7 @@ def test_reading_after_a_line_gives_the_records_whose_last_line_comes_later(
     log: EventLog, loop: LoopFiles, offset: int
 ) -> None:
     loop.append(MIXED)
-    everything = RecordReader().feed(MIXED)
+    everything = records_of(MIXED)
 
     assert rest(log, log.reader_after_line(offset)) == [record for record in everything if record.last_line > offset]
 
@@ -185,7 +176,7 @@ def test_reading_after_any_line_of_a_long_log_finds_its_place_through_the_index(
         for number in range(2500)
     )
     loop.append(content)
-    everything = RecordReader().feed(content)
+    everything = records_of(content)
 
     for offset in (*range(0, content.count(b"\n"), 397), content.count(b"\n")):
         found = rest(log, log.reader_after_line(offset))
@@ -223,10 +214,11 @@ def test_a_line_that_no_log_can_have_is_beyond_the_end(log: EventLog) -> None:
 
 def test_reading_after_each_token_gives_the_remaining_records(log: EventLog, loop: LoopFiles) -> None:
     loop.append(MIXED)
+    everything = records_of(MIXED)
     with log.reader_after_line(0) as reader:
-        everything = reader.read(log.refresh().end)
-        places = [Position(0, 0), *(Position(record.last_line, record.end) for record in everything)]
-        tokens = [(place, str(reader.token(place))) for place in places]
+        tokens = [(reader.position, str(reader.token()))]
+        while reader.take(len(MIXED), Pace()):
+            tokens.append((reader.position, str(reader.token())))
 
     for place, token in tokens:
         remaining = [record for record in everything if record.last_line > place.line]
@@ -290,10 +282,12 @@ def test_what_comes_after_the_place_may_be_rewritten(log: EventLog, loop: LoopFi
         (lambda loop: loop.replace(numbered(9, first=2)), LogReplaced),
         (lambda loop: loop.replace(numbered(2, first=2)), LogReplaced),
         (lambda loop: loop.rewrite(numbered(9, first=2)), LogReplaced),
-        (lambda loop: loop.rewrite(numbered(3) + numbered(9, first=7)), LogReplaced),
-        (lambda loop: loop.rewrite(numbered(4) + b"\n" * 200), LogReplaced),
+        (lambda loop: loop.truncate(10), LogTruncated),
+        (lambda loop: loop.rewrite(numbered(3) + numbered(9, first=7)), HistoryRewritten),
+        (lambda loop: loop.replace(numbered(3) + numbered(9, first=7)), HistoryRewritten),
+        (lambda loop: loop.rewrite(numbered(4) + b"\n" * 200), HistoryRewritten),
         (lambda loop: loop.rewrite(b"\n" * 500), LogReplaced),
-        (lambda loop: loop.rewrite(loop.log.read_bytes()[:-1] + b" \n" + numbered(3)), LogReplaced),
+        (lambda loop: loop.rewrite(loop.log.read_bytes()[:-1] + b" \n" + numbered(3)), HistoryRewritten),
     ],
     ids=[
         "truncated to nothing",
@@ -303,7 +297,9 @@ def test_what_comes_after_the_place_may_be_rewritten(log: EventLog, loop: LoopFi
         "replaced by a longer one",
         "replaced by a shorter one",
         "rewritten in place from the first line on",
+        "truncated within its first line",
         "rolled back and grown anew",
+        "replaced by one that begins alike",
         "its last line made blank",
         "made blank",
         "the place is no longer a line's end",
@@ -411,13 +407,15 @@ def test_a_token_with_another_offset_is_refused(log: EventLog, loop: LoopFiles, 
         log.reader_after_token(tampered(token, offset=shift))
 
 
-@pytest.mark.parametrize("part", ["generation", "digest"])
-def test_a_token_with_another_digest_is_refused(log: EventLog, loop: LoopFiles, part: str) -> None:
+@pytest.mark.parametrize(("part", "lost"), [("generation", LogReplaced), ("digest", HistoryRewritten)])
+def test_a_token_with_another_digest_is_refused(
+    log: EventLog, loop: LoopFiles, part: str, lost: type[OpsError]
+) -> None:
     loop.append(numbered(5))
     token = parse_token(token_after(log, 3))
     value = getattr(token, part)
 
-    with pytest.raises(LogReplaced):
+    with pytest.raises(lost):
         log.reader_after_token(str(token).replace(value, value[1:] + value[0]))
 
 
@@ -470,33 +468,249 @@ def test_a_log_replaced_while_a_reader_is_made_is_never_read_from_a_place_of_the
         found = rest(log, log.reader_after_line(3))
     except PositionLost:
         return
-    assert found in (
-        [record for record in RecordReader().feed(content) if record.last_line > 3] for content in (old, new)
-    )
+    assert found in ([record for record in records_of(content) if record.last_line > 3] for content in (old, new))
 
 
-def test_a_log_rewritten_where_a_reader_has_been_is_noticed(log: EventLog, loop: LoopFiles) -> None:
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda loop: loop.rewrite(numbered(5000, first=10000, width=100)), LogReplaced),
+        (lambda loop: loop.rewrite(numbered(1) + numbered(9000, first=10000, width=100)), LogReplaced),
+        (lambda loop: loop.rewrite(numbered(1, width=100) + numbered(9000, first=10000)), HistoryRewritten),
+        (lambda loop: loop.truncate(1000), LogTruncated),
+        (lambda loop: loop.truncate(10), LogTruncated),
+        (lambda loop: loop.truncate(0), LogTruncated),
+        (lambda loop: loop.truncate(len(numbered(5000, width=100)) - 1), LogTruncated),
+    ],
+    ids=[
+        "rewritten",
+        "rewritten from its first line on",
+        "rewritten after its first line",
+        "truncated",
+        "truncated within its first line",
+        "emptied",
+        "truncated beyond the place",
+    ],
+)
+def test_a_log_that_changes_under_a_reader_is_told_by_its_reason(
+    log: EventLog, loop: LoopFiles, change: Callable[[LoopFiles], None], lost: type[OpsError]
+) -> None:
     loop.append(numbered(5000, width=100))
     end = log.refresh().end
     with log.reader_after_line(0) as reader:
-        reader.read(end)
+        assert reader.take(end, Pace())
 
-        loop.rewrite(numbered(5000, first=10000, width=100))
+        change(loop)
 
-        with pytest.raises(LogReplaced):
-            reader.read(end)
+        with pytest.raises(lost, match="replay from the start"):
+            taken(reader, end)
 
 
-def test_a_log_cut_off_before_where_a_reader_has_been_is_noticed(log: EventLog, loop: LoopFiles) -> None:
+# Rewritten further up than each read looks.
+
+
+def changed_in_the_middle(loop: LoopFiles) -> None:
+    """Changes one byte in the middle of the log, and nothing else."""
+    with loop.log.open("r+b") as file:
+        file.seek(loop.log.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(b"y" if byte == b"x" else b"x")
+
+
+def settle(loop: LoopFiles) -> None:
+    """Has the log's times lie so far back that whatever changes it changes them."""
+    until(lambda: Stamp.of(loop.log.stat()).is_settled(), "the log's times are old enough")
+
+
+def test_a_change_of_the_same_size_in_the_middle_of_a_log_is_noticed_at_once(log: EventLog, loop: LoopFiles) -> None:
     loop.append(numbered(5000, width=100))
-    end = log.refresh().end
-    with log.reader_after_line(0) as reader:
-        reader.read(end)
+    before = log.refresh()
+    settle(loop)
 
-        loop.truncate(1000)
+    changed_in_the_middle(loop)
 
-        with pytest.raises(PositionLost):
-            reader.read(end)
+    after = log.refresh()
+    assert after.identity != before.identity
+    assert after.ref["sha256"] == hashlib.sha256(loop.log.read_bytes()).hexdigest()
+    with pytest.raises(HistoryRewritten):
+        log.reader_after_token(str(before.token))
+
+
+def test_a_change_in_the_middle_together_with_new_lines_is_noticed_before_these_are_seen(
+    log: EventLog, loop: LoopFiles
+) -> None:
+    loop.append(numbered(5000, width=100))
+    token = str(log.refresh().token)
+
+    changed_in_the_middle(loop)
+    loop.append(numbered(1))
+
+    with pytest.raises(HistoryRewritten):
+        rest(log, log.reader_after_token(token))
+
+
+def test_a_change_in_the_same_moment_as_the_last_look_is_noticed_too(log: EventLog, loop: LoopFiles) -> None:
+    """The file's times can't tell then: they are kept in ticks."""
+    loop.append(numbered(500, width=100))
+    before = log.refresh()
+    status = loop.log.stat()
+    changed_in_the_middle(loop)
+    os.utime(loop.log, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    until(lambda: log.refresh().is_sure, "all was read again")
+
+    assert log.refresh().identity != before.identity
+
+
+def test_a_large_log_is_read_again_in_the_background_while_somebody_looks(
+    log: EventLog, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rereading, "_PIECE", 0.0)  # a chunk with each look
+    loop.append(numbered(10_000, width=100))
+    before = log.refresh()
+    changed_in_the_middle(loop)
+    loop.append(numbered(1))
+
+    looks = 0
+    while log.refresh().identity == before.identity:
+        looks += 1
+        assert looks < 1000
+        settle(loop)
+
+    assert looks > 1
+
+
+@pytest.mark.parametrize("change", [lambda log: log.touch(), lambda log: log.chmod(0o600)], ids=["touched", "chmod"])
+def test_a_log_whose_content_is_as_it_was_stays_the_same_log(
+    log: EventLog, loop: LoopFiles, change: Callable[[Path], None]
+) -> None:
+    loop.append(numbered(500, width=100))
+    before = log.refresh()
+    settle(loop)
+
+    change(loop.log)
+
+    assert log.refresh().identity == before.identity
+    assert rest(log, log.reader_after_token(str(before.token))) == []
+
+
+def test_a_log_that_rests_is_not_read_again_and_again(
+    log: EventLog, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.append(numbered(5000, width=100))
+    settle(loop)
+    until(lambda: log.refresh().is_sure, "all was read again")
+    read = bytes_read(monkeypatch)
+
+    for _ in range(10):
+        log.refresh()
+
+    assert sum(read) < 10 * 4 * WINDOW_BYTES
+
+
+# What looking and resuming cost.
+
+
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much each read from now on reads."""
+    sizes: list[int] = []
+    pread = os.pread
+
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        data = pread(descriptor, size, offset)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(os, "pread", counting)
+    return sizes
+
+
+def test_a_look_and_a_resume_cost_what_is_new_and_not_what_is_old(
+    log: EventLog, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.append(numbered(30_000, width=100))
+    token = str(log.refresh().token)
+    monkeypatch.setattr(Rereading, "go_on", lambda *_: True)  # the background has its own measure
+    loop.append(numbered(10))
+    read = bytes_read(monkeypatch)
+
+    log.refresh()
+    looking = sum(read)
+    found = rest(log, log.reader_after_token(token))
+    resuming = sum(read) - looking
+
+    assert len(found) == 10
+    assert looking < 8 * WINDOW_BYTES
+    assert resuming < 2 * CHUNK
+
+
+def test_the_index_of_a_large_log_stays_small_and_finds_every_place(
+    log: EventLog, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_index, "CHUNK", 1000)
+    monkeypatch.setattr(log_index, "_MAX_MARKS", 16)
+    content = numbered(3000, width=20)
+    loop.append(content)
+    everything = records_of(content)
+
+    log.refresh()
+
+    assert len(log._index._marks) <= 16  # noqa: SLF001  # its size is what this is about
+    for place in range(0, 3001, 250):
+        assert rest(log, log.reader_after_line(place)) == everything[place:]
+        assert rest(log, log.reader_after_token(token_after(log, place))) == everything[place:]
+
+
+def test_a_log_of_many_gibibytes_is_read_in_short_pieces_that_leave_others_their_turn(
+    log: EventLog, loop: LoopFiles
+) -> None:
+    """Sandbox code makes one with a single call: a line without end, most of it a hole."""
+    loop.append(numbered(1))
+    os.truncate(loop.log, 64 * 1024**3)
+    one, another = log.look_steps(), log.look_steps()
+
+    began = time.monotonic()
+    for _ in range(10):
+        assert goes_on(one)
+        assert goes_on(another)
+
+    assert time.monotonic() - began < 10 * 20 * PIECE
+    assert log.lines_read == 1
+
+
+def test_a_call_gives_up_on_a_log_that_takes_too_long_and_goes_on_from_there_the_next_time(loop: LoopFiles) -> None:
+    log = EventLog(ArtifactFiles(loop.repo), LOOP, patience=0.05)
+    loop.append(b"1\n" * 200_000)
+
+    with pytest.raises(Starting, match="still being read") as refused:
+        log.refresh()
+
+    assert refused.value.retry_after == 1.0
+    read = log.lines_read
+    assert 0 < read < 200_000
+    with pytest.raises(Starting):
+        log.reader_after_line(0)
+    assert log.lines_read > read
+
+
+def test_only_so_many_calls_wait_for_a_log_that_is_still_being_read(loop: LoopFiles) -> None:
+    log = EventLog(ArtifactFiles(loop.repo), LOOP, patience=0.5)
+    loop.append(b"1\n" * 500_000)
+    waits: list[float] = []
+
+    def call() -> None:
+        began = time.monotonic()
+        with pytest.raises(Starting):
+            log.refresh()
+        waits.append(time.monotonic() - began)
+
+    with ThreadPoolExecutor(20) as pool:
+        for _ in range(20):
+            pool.submit(call)
+
+    assert len(waits) == 20
+    assert sum(wait >= 0.5 for wait in waits) <= 8
 
 
 @pytest.mark.parametrize("ending", [b"", b"\n"], ids=["not ended yet", "ended"])

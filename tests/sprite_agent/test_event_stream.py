@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +20,17 @@ from sprite_agent.errors import (
     CursorInvalid,
     EventMalformed,
     EventsNotFound,
+    HistoryRewritten,
     LogReplaced,
     LogTruncated,
     LoopNotFound,
     RequestInvalid,
     ResumeTokenInvalid,
 )
-from sprite_agent.event_stream import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
-from sprite_agent.folder_watch import FolderWatch
-from sprite_agent.records import MAX_RECORD_BYTES
+from sprite_agent.event_log.folder_watch import FolderWatch
+from sprite_agent.event_log.log import LogReader
+from sprite_agent.event_log.records import MAX_RECORD_BYTES
+from sprite_agent.event_log.stream import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.repo import Repo
 from support.following import Follower
 from support.repos import LOOP, LoopFiles, event, line, lines
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 
     from sprite_agent.contract.streaming import EventBatch
     from sprite_agent.errors import OpsError
+    from sprite_agent.event_log.pieces import Pace
+    from sprite_agent.event_log.records import Record
 
 SPACED = b"".join(
     [
@@ -616,7 +622,7 @@ async def test_a_stream_that_is_left_gives_back_what_it_held(repo: Repo, loop: L
 async def test_appended_lines_arrive_without_inotify_too(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FolderWatch, "_add", lambda *_: None)
+    monkeypatch.setattr(FolderWatch, "add", lambda *_: None)
 
     async with subscribe(repo, follow=True) as follower:
         await follower.next()
@@ -661,16 +667,127 @@ async def test_a_long_stretch_without_events_does_not_hold_up_other_streams(repo
 
 
 async def test_a_stream_is_heard_of_while_it_passes_a_long_stretch_without_events(repo: Repo, loop: LoopFiles) -> None:
-    loop.append(b" \n" * (1024 * 1024), numbered(1))
+    large = b'{"timestamp":"t","event":"x","data":{"a":[\n' + b"1,\n" * 300_000 + b"1]}}\n"
+    loop.append(large)
     repo.read_loop(LOOP)
 
     async with subscribe(repo, follow=True, heartbeat_interval=0.1) as follower:
         await follower.until_lines(1)
 
-    # It takes some tenths of a second; who hears nothing for three intervals gives up.
+    # It takes about a second; who hears nothing for three intervals gives up.
     on_the_way = [batch for batch in follower.seen[1:] if not batch.events]
     assert on_the_way
     assert not on_the_way[0].caught_up
+
+
+def enlarge(loop: LoopFiles) -> None:
+    """Has the log end with a line of many gibibytes that has no end, most of it a hole."""
+    os.truncate(loop.log, 64 * 1024**3)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+async def test_a_stream_is_heard_of_while_a_huge_log_is_read_for_the_first_time(
+    loop: LoopFiles, tmp_path: Path, *, by_token: bool
+) -> None:
+    loop.append(numbered(3))
+    members: dict[str, Any] = {}
+    if by_token:
+        before = Repo(loop.repo, state_folder=tmp_path / "state", runtime=None)
+        members = {"resume_token": before.read_loop(LOOP).resume_token}
+        before.close()
+    enlarge(loop)
+    repo = Repo(loop.repo, state_folder=tmp_path / "state", runtime=None)
+
+    async with subscribe(repo, follow=True, heartbeat_interval=0.1, **members) as follower:
+        beats = [await follower.next() for _ in range(3)]
+
+    for beat in beats:
+        assert (beat.events, beat.caught_up) == ([], False)
+        assert beat.cursor == {"eventLineOffset": 3 * by_token, "eventLineCount": 3}
+    loop.truncate(len(numbered(3)))
+    assert lines_of(await replay(repo, resume_token=beats[0].resume_token)) == ([] if by_token else [1, 2, 3])
+    repo.close()
+
+
+async def test_a_huge_log_of_one_loop_holds_up_no_stream_of_another(repo: Repo, loop: LoopFiles) -> None:
+    huge = loop.folder.parent / "huge"
+    huge.mkdir()
+    (huge / "events.jsonl").touch()
+    os.truncate(huge / "events.jsonl", 64 * 1024**3)
+    loop.append(numbered(1000))
+    readers = [asyncio.create_task(replay(repo, loop_id="huge")) for _ in range(8)]
+    await asyncio.sleep(0)
+
+    began = time.monotonic()
+    assert len(lines_of(await replay(repo))) == 1000
+    took = time.monotonic() - began
+
+    assert took < 5
+    assert not any(reader.done() for reader in readers)
+    for reader in readers:
+        reader.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def test_streams_of_a_huge_log_end_when_asked_to_and_give_back_what_they_held(
+    repo: Repo, loop: LoopFiles
+) -> None:
+    loop.append(numbered(3))
+    enlarge(loop)
+    before = open_files()
+    follower = subscribe(repo, follow=True)
+    ending = asyncio.create_task(follower.to_end())
+    await asyncio.sleep(0)
+
+    repo.end_streams()
+
+    assert await asyncio.wait_for(ending, 5) == []
+    assert open_files() <= before + 2  # what the watch of folders keeps
+
+
+async def test_a_follower_is_told_of_what_comes_while_the_log_was_just_being_made_anew(
+    repo: Repo, loop: LoopFiles
+) -> None:
+    """Gone for a moment is not gone: what is there next decides."""
+    loop.append(numbered(5))
+    async with subscribe(repo, follow=True) as follower:
+        await follower.until_lines(5)
+        loop.log.unlink()
+        waiting = asyncio.create_task(follower.next())
+        await asyncio.sleep(0.05)  # less than a follower gives it
+        loop.log.write_bytes(numbered(7))
+
+        await waiting
+        assert await follower.until_lines(7) == list(range(1, 8))
+
+
+async def test_a_stream_that_is_cancelled_while_it_reads_closes_nothing_under_the_thread_that_reads(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.append(numbered(3000, width=100))
+    repo.read_loop(LOOP)
+    reading, closed = threading.Event(), threading.Event()
+    take, close = LogReader.take, LogReader.close
+
+    def slow_take(reader: LogReader, end: int, pace: Pace) -> Record | None:
+        reading.set()
+        assert not closed.wait(0.05)
+        return take(reader, end, pace)
+
+    def noted_close(reader: LogReader) -> None:
+        closed.set()
+        close(reader)
+
+    monkeypatch.setattr(LogReader, "take", slow_take)
+    monkeypatch.setattr(LogReader, "close", noted_close)
+    stream = asyncio.create_task(replay(repo))
+    await asyncio.to_thread(reading.wait)
+
+    stream.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stream
+
+    assert closed.is_set()
 
 
 # A log that changes under a follower.
@@ -683,10 +800,10 @@ async def test_a_stream_is_heard_of_while_it_passes_a_long_stretch_without_event
         (lambda loop: loop.truncate(len(numbered(3))), LogTruncated),
         (lambda loop: loop.replace(numbered(9, first=2)), LogReplaced),
         (lambda loop: loop.replace(numbered(2, first=2)), LogReplaced),
-        (lambda loop: loop.replace(numbered(4) + numbered(5, first=8)), LogReplaced),
+        (lambda loop: loop.replace(numbered(4) + numbered(5, first=8)), HistoryRewritten),
         (lambda loop: loop.rewrite(numbered(9, first=2)), LogReplaced),
         (lambda loop: loop.rewrite(numbered(5, first=2)), LogReplaced),
-        (lambda loop: loop.rewrite(numbered(4) + numbered(5, first=8)), LogReplaced),
+        (lambda loop: loop.rewrite(numbered(4) + numbered(5, first=8)), HistoryRewritten),
         (lambda loop: loop.rewrite(numbered(9, first=2, width=3)), LogReplaced),
         (lambda loop: loop.log.unlink(), EventsNotFound),
         (lambda loop: shutil.rmtree(loop.folder), LoopNotFound),
@@ -770,7 +887,7 @@ async def test_streams_end_when_asked_to_each_with_where_to_resume(repo: Repo, l
 async def test_streams_end_when_asked_to_without_inotify_too(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FolderWatch, "_add", lambda *_: None)
+    monkeypatch.setattr(FolderWatch, "add", lambda *_: None)
     async with subscribe(repo, follow=True) as follower:
         await follower.next()
 

@@ -1,52 +1,33 @@
-"""The journal keeps a durable row for each key, or says that it can't be trusted or written."""
+"""The journal keeps a durable row for each key, and adds to its audit whatever changes one."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sqlite3
-import stat
+import json
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprite_agent.callers import Caller, Proof
 from sprite_agent.contract.requests import fingerprint
-from sprite_agent.control_results import executing_result
-from sprite_agent.errors import ControlNotFound, IdempotencyKeyReused, JournalCorrupt, JournalUnavailable
-from sprite_agent.journal import RETENTION_SECONDS, Journal
-from sprite_agent.repo import Repo
-from sprite_agent.state_folder import StateFolder, default_path
-from support.repos import LOOP, STANDIN, LoopFiles, event, line
-from support.runtime import executions, request, this_python_first
+from sprite_agent.control.audit import find_break
+from sprite_agent.control.journal import KEPT_ROWS, RETENTION_SECONDS
+from sprite_agent.control.journal_file import open_journal
+from sprite_agent.control.processes import this_boot
+from sprite_agent.errors import IdempotencyKeyReused, JournalCorrupt, SignatureReplayed
+from support.journals import begun, new_row, opened, sql
+from support.repos import LOOP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from sprite_agent.contract.envelopes import ControlRequest, ControlResult
+    from sprite_agent.contract.envelopes import ControlResult
+    from sprite_agent.control.journal_rows import Entry
 
 DAY = 24 * 3600
-
-
-@pytest.fixture(autouse=True)
-def _python(monkeypatch: pytest.MonkeyPatch) -> None:
-    this_python_first(monkeypatch)
-
-
-@pytest.fixture
-def loop(tmp_path: Path) -> LoopFiles:
-    """A loop that waits for approval."""
-    loop = LoopFiles(tmp_path / "repo")
-    loop.append(line(event("approval_requested")))
-    loop.ask_approval()
-    return loop
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
 
 
 @pytest.fixture
@@ -54,347 +35,441 @@ def path(state: Path) -> Path:
     return state / "journal.sqlite3"
 
 
-@pytest.fixture
-def repo(loop: LoopFiles, state: Path) -> Iterator[Repo]:
-    repo = Repo(loop.repo, state_folder=state, runtime=str(STANDIN))
-    yield repo
-    repo.close()
+def executed(entry: Entry) -> ControlResult:
+    """The result of a row whose command has ended."""
+    return {**entry.result, "state": "executed", "executed": True, "exitCode": 0}
 
 
-@contextlib.contextmanager
-def reopened(loop: LoopFiles, state: Path) -> Iterator[Repo]:
-    """The repo as a process started anew has it."""
-    repo = Repo(loop.repo, state_folder=state, runtime=str(STANDIN))
-    try:
-        yield repo
-    finally:
-        repo.close()
-
-
-@contextlib.contextmanager
-def journal(path: Path) -> Iterator[Journal]:
-    """An open journal."""
-    path.parent.mkdir(exist_ok=True)
-    journal = Journal(path)
-    try:
-        yield journal
-    finally:
-        journal.close()
-
-
-def sql(path: Path, statement: str, *values: Any) -> list[Any]:
-    """What a statement gives, run by a connection of its own."""
-    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        return connection.execute(statement, values).fetchall()
-
-
-def begun(journal: Journal, key: str = "key-1", owner: str = "x:1:1") -> ControlResult:
-    """A new row of a command about to start."""
-    document = cast("ControlRequest", request(idempotencyKey=key))
-    return journal.begin(document, fingerprint(document), owner, executing_result(document, ["superloop"]))
+def done(entry: Entry) -> ControlResult:
+    """The final result of a row."""
+    return {**executed(entry), "state": "done", "status": "confirmed"}
 
 
 # Rows.
 
 
-def test_a_row_is_there_for_every_other_connection_as_soon_as_it_is_begun(path: Path) -> None:
-    with journal(path) as first, journal(path) as second:
-        result = begun(first)
+def test_a_row_is_there_for_every_other_connection_as_soon_as_it_is_begun(state: Path) -> None:
+    """I3: before anything is run for it."""
+    with opened(state) as first, opened(state) as second:
+        entry = begun(first)
 
-        entry = second.find(LOOP, "key-1")
-        assert entry is not None
-        assert entry.result == result
-        assert entry.owner == "x:1:1"
-        assert entry.fingerprint == fingerprint(cast("ControlRequest", request()))
+        assert second.find(LOOP, "key-1") == entry
+        assert second.unfinished() == [entry]
 
 
-def test_rows_are_numbered_one_after_the_other_in_a_journal_with_a_name(path: Path) -> None:
-    with journal(path) as opened:
-        places = [begun(opened, f"key-{number}")["journal"] for number in range(3)]
+def test_a_row_keeps_where_it_comes_from(state: Path) -> None:
+    """I14: the request as it was made, who asked as far as that was proved, and what the loop was like before."""
+    proof = Proof(issuer="ops-1", key_id="k-1", actor="ada", nonce="n-1", expires=time.time() + 60)
+    caller = Caller(identity="ops-1", address="unix:", proof=proof)
+    row = new_row(
+        caller=caller, owner="x:1:1/00000000", execution_id="e" * 16, traceId="trace-1", provenance={"managerId": "m"}
+    )
+
+    with opened(state) as first:
+        first.begin(row)
+    with opened(state) as later:
+        entry = later.find(LOOP, "key-1")
+
+    assert entry is not None
+    assert (entry.sequence, entry.state, entry.execution_id, entry.owner) == (
+        1,
+        "executing",
+        "e" * 16,
+        "x:1:1/00000000",
+    )
+    assert entry.origin.request == row.request
+    assert entry.origin.fingerprint == fingerprint(row.request)
+    assert entry.origin.boot_id == this_boot()
+    assert entry.origin.baseline == row.baseline
+    assert entry.origin.caller == {
+        "identity": "ops-1",
+        "address": "unix:",
+        "proof": {"issuer": "ops-1", "key_id": "k-1", "actor": "ada", "nonce": "n-1", "expires": proof.expires},
+    }
+    assert entry.updated == pytest.approx(time.time(), abs=60)
+
+
+def test_rows_are_numbered_one_after_the_other_in_a_journal_with_a_name(state: Path) -> None:
+    with opened(state) as first:
+        places = [begun(first, f"key-{number}").result["journal"] for number in range(3)]
 
         assert [place["sequence"] for place in places] == [1, 2, 3]
-        assert {place["id"] for place in places} == {opened.id}
-    uuid.UUID(opened.id)
-    with journal(path) as again:
-        assert again.id == opened.id
-        assert begun(again, "key-3")["journal"]["sequence"] == 4
+        assert {place["id"] for place in places} == {first.id}
+    uuid.UUID(first.id)
+    with opened(state) as later:
+        assert later.id == first.id
+        assert begun(later, "key-3").sequence == 4
 
 
 def test_another_journal_has_another_name(tmp_path: Path) -> None:
-    with journal(tmp_path / "a.sqlite3") as first, journal(tmp_path / "b.sqlite3") as second:
+    with opened(tmp_path / "a") as first, opened(tmp_path / "b") as second:
         assert first.id != second.id
 
 
-def test_a_key_has_one_row_whoever_asks(path: Path) -> None:
-    with journal(path) as first, journal(path) as second:
+def test_a_key_has_one_row_whoever_asks(state: Path) -> None:
+    """I2: and no row is lost to another one."""
+    with opened(state) as first, opened(state) as second:
         begun(first)
 
         with pytest.raises(IdempotencyKeyReused):
             begun(second)
-        assert begun(second, "key-2")["journal"]["sequence"] == 2
+        assert begun(second, "key-2").sequence == 2
+        assert [entry.sequence for entry in first.unfinished()] == [1, 2]
 
 
-def test_a_key_is_scoped_by_its_loop(path: Path) -> None:
-    with journal(path) as opened:
-        begun(opened)
+def test_a_key_is_scoped_by_its_loop(state: Path) -> None:
+    with opened(state) as journal:
+        begun(journal)
 
-        assert opened.find("other", "key-1") is None
-
-
-def test_a_row_that_is_done_is_never_changed(path: Path) -> None:
-    with journal(path) as opened:
-        executing = begun(opened)
-        done: ControlResult = {**executing, "state": "done", "status": "confirmed"}
-        opened.record(done)
-
-        opened.record({**executing, "state": "executed"})
-        opened.record({**done, "status": "ambiguous"})
-
-        entry = opened.find(LOOP, "key-1")
-        assert entry is not None
-        assert entry.result == done
+        assert journal.find("other", "key-1") is None
 
 
-def test_rows_that_are_not_done_are_unfinished_oldest_first(path: Path) -> None:
-    with journal(path) as opened:
-        results = [begun(opened, f"key-{number}") for number in range(4)]
-        opened.record({**results[1], "state": "done", "status": "confirmed"})
-        opened.record({**results[2], "state": "executed"})
+def test_a_row_is_found_by_its_execution(state: Path) -> None:
+    with opened(state) as journal:
+        entry = begun(journal)
+        begun(journal, "key-2")
 
-        assert [entry.result["idempotencyKey"] for entry in opened.unfinished()] == ["key-0", "key-2", "key-3"]
-
-
-def test_a_row_keeps_the_request(path: Path) -> None:
-    with journal(path) as opened:
-        begun(opened)
-
-    assert sql(path, "SELECT json_extract(request, '$.requestedBy') FROM control") == [("ada",)]
+        assert journal.find_execution(entry.execution_id) == entry
+        assert journal.find_execution("0" * 16) is None
 
 
-# Who may read it, and where it is.
-
-
-def test_only_this_user_may_read_folder_journal_and_locks_whatever_the_mask(
-    repo: Repo, state: Path, path: Path
-) -> None:
-    before = os.umask(0)
-    try:
-        repo.execute(request())
-    finally:
-        os.umask(before)
-
-    assert stat.S_IMODE(state.stat().st_mode) == 0o700
-    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in state.iterdir()} == {
-        "journal.sqlite3": 0o600,
-        "lane.lock": 0o600,
-    }
-
-
-def test_the_journal_is_as_durable_as_it_can_be(path: Path) -> None:
-    with journal(path):
-        assert sql(path, "PRAGMA journal_mode") == [("delete",)]
-
-
-@pytest.mark.parametrize("inside", [".", ".superloop/state", "../repo/state", "link/state"])
-def test_a_state_folder_inside_the_repo_is_refused(loop: LoopFiles, inside: str) -> None:
-    (loop.repo / "link").symlink_to(loop.runtime)
-
-    with pytest.raises(ValueError, match="inside the repo"):
-        Repo(loop.repo, state_folder=loop.repo / inside, runtime=None)
-
-
-def test_a_state_folder_that_leads_into_the_repo_is_refused(loop: LoopFiles, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(loop.repo)
-
-    with pytest.raises(ValueError, match="inside the repo"):
-        Repo(loop.repo, state_folder=tmp_path / "link" / "state", runtime=None)
-
-
-def test_a_state_folder_beside_the_repo_is_not_inside_it(loop: LoopFiles) -> None:
-    Repo(loop.repo, state_folder=loop.repo.with_name("repo-state"), runtime=None).close()
-
-
-def test_the_state_folder_of_a_repo_is_its_own_below_the_users(
-    loop: LoopFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
-    (tmp_path / "link").symlink_to(loop.repo)
-
-    assert default_path(loop.repo).parent == tmp_path / "xdg" / "sprite-agent"
-    assert default_path(tmp_path / "link") == default_path(loop.repo)
-    assert default_path(tmp_path) != default_path(loop.repo)
-    monkeypatch.delenv("XDG_STATE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_path(loop.repo).parent == tmp_path / ".local" / "state" / "sprite-agent"
-
-
-def test_nothing_is_made_before_control_is_asked_for(loop: LoopFiles, state: Path) -> None:
-    with reopened(loop, state) as repo:
-        repo.read_loop(LOOP)
-
-    assert not state.exists()
-
-
-def test_one_agent_holds_the_agent_lock(loop: LoopFiles, state: Path) -> None:
-    first, second = StateFolder(state, loop.repo), StateFolder(state, loop.repo)
-
-    with first.agent_lock():
-        assert (state / "agent.lock").read_text() == f"{os.getpid()}\n"
-        with pytest.raises(BlockingIOError), second.agent_lock():
-            pass
-    with second.agent_lock():
+def test_a_key_is_looked_up_in_an_index_however_many_there_are(state: Path, path: Path) -> None:
+    """I8: no file is read and written whole for each control."""
+    with opened(state):
         pass
+
+    (plan,) = sql(
+        path, "EXPLAIN QUERY PLAN SELECT * FROM control WHERE loop_id = ? AND idempotency_key = ?", LOOP, "key-1"
+    )
+
+    assert plan[-1] == "SEARCH control USING INDEX sqlite_autoindex_control_2 (loop_id=? AND idempotency_key=?)"
+
+
+def test_a_row_that_is_done_is_never_changed(state: Path) -> None:
+    with opened(state) as journal:
+        entry = begun(journal)
+        final = journal.record(entry, done(entry))
+
+        assert journal.record(entry, executed(entry)) == final
+        assert journal.record(entry, {**done(entry), "status": "ambiguous"}) == final
+        journal.release(entry, "why")
+
+        assert journal.find(LOOP, "key-1") == final
+        assert (final.state, final.result["status"]) == ("done", "confirmed")
+
+
+def test_rows_that_are_not_done_are_unfinished_oldest_first(state: Path) -> None:
+    with opened(state) as journal:
+        entries = [begun(journal, f"key-{number}") for number in range(5)]
+        journal.record(entries[1], done(entries[1]))
+        journal.record(entries[2], executed(entries[2]))
+        journal.release(entries[3], "why")
+
+        assert [entry.sequence for entry in journal.unfinished()] == [1, 3, 5]
+
+
+def test_a_row_that_is_lost_while_it_is_worked_on_is_told(state: Path, path: Path) -> None:
+    with opened(state) as journal:
+        entry = begun(journal)
+        sql(path, "DELETE FROM control")
+
+        with pytest.raises(JournalCorrupt, match="has lost row 1"):
+            journal.record(entry, done(entry))
+
+
+# Whose row it is, and keys that are free again.
+
+
+def test_a_row_is_claimed_by_one(state: Path) -> None:
+    with opened(state) as first, opened(state) as second:
+        entry = begun(first)
+
+        claimed = first.claim(entry, "first")
+
+        assert claimed is not None
+        assert (claimed.owner, claimed.updated) == ("first", entry.updated)
+        assert second.claim(entry, "second") is None
+        assert second.find(LOOP, "key-1") == claimed
+
+
+@pytest.mark.parametrize("state_after", ["done", "released"])
+def test_a_row_that_is_settled_is_claimed_by_nobody(state: Path, state_after: str) -> None:
+    with opened(state) as journal:
+        entry = begun(journal)
+        if state_after == "done":
+            journal.record(entry, done(entry))
+        else:
+            journal.release(entry, "why")
+
+        assert journal.claim(entry, "another") is None
+
+
+def test_a_released_key_is_free_and_its_number_is_taken_over(state: Path) -> None:
+    with opened(state) as journal:
+        entry = begun(journal)
+        begun(journal, "key-2")
+        journal.release(entry, "why")
+
+        assert journal.find(LOOP, "key-1") is None
+        assert journal.find_execution(entry.execution_id) is None
+        again = begun(journal, note="another request by now")
+
+        assert (again.sequence, again.result["journal"]["sequence"], again.state) == (1, 1, "executing")
+        assert again.execution_id != entry.execution_id
+        assert journal.find(LOOP, "key-1") == again
+    with opened(state) as later:
+        assert [entry.sequence for entry in later.unfinished()] == [1, 2]
+
+
+def test_a_key_whose_command_has_run_is_never_released(state: Path) -> None:
+    with opened(state) as journal:
+        entry = begun(journal)
+        journal.record(entry, executed(entry))
+
+        journal.release(entry, "why")
+
+        found = journal.find(LOOP, "key-1")
+        assert found is not None
+        assert found.state == "executed"
+
+
+# Signatures.
+
+
+def proved(nonce: str, seconds: float = 60) -> Caller:
+    """A caller with a signature of that nonce, to be remembered for so long."""
+    proof = Proof(issuer="ops-1", key_id="k-1", actor=None, nonce=nonce, expires=time.time() + seconds)
+    return Caller(identity="ops-1", proof=proof)
+
+
+def test_a_signature_is_remembered_with_the_row_it_came_for(state: Path) -> None:
+    caller = proved("n-1")
+
+    with opened(state) as first:
+        begun(first, caller=caller)
+        begun(first, "key-2")
+    with opened(state) as later:
+        assert caller.proof is not None
+        assert later.nonces() == [("k-1", "n-1", caller.proof.expires)]
+
+
+def test_a_signature_that_was_used_before_begins_nothing(state: Path) -> None:
+    with opened(state) as first, opened(state) as second:
+        begun(first, caller=proved("n-1"))
+
+        with pytest.raises(SignatureReplayed) as refused:
+            begun(second, "key-2", caller=proved("n-1"))
+        assert refused.value.executed is False
+        assert second.find(LOOP, "key-2") is None
+        assert begun(second, "key-2", caller=proved("n-2")).sequence == 2
+
+
+def test_a_signature_that_has_expired_is_forgotten_when_the_journal_is_opened(state: Path) -> None:
+    with opened(state) as first:
+        begun(first, caller=proved("n-1", -1))
+        begun(first, "key-2", caller=proved("n-2"))
+    with opened(state) as later:
+        assert [nonce for _, nonce, _ in later.nonces()] == ["n-2"]
+
+
+# The audit.
+
+
+def test_whatever_changes_a_row_is_in_the_audit(state: Path, path: Path) -> None:
+    with opened(state) as journal:
+        first = begun(journal, traceId="trace-1")
+        journal.release(first, "never run")
+        second = begun(journal)
+        journal.record(second, executed(second))
+        final = journal.record(second, done(second))
+        row = new_row(idempotencyKey="key-2")
+        needless = journal.begin(replace(row, result={**row.result, "state": "done", "status": "confirmed"}))
+        journal.note("refused", {"reason": "RUN_MISMATCH"})
+
+        entries = journal.audit_entries()
+        assert [(entry.sequence, entry.kind) for entry in entries] == [
+            (1, "begun"),
+            (2, "released"),
+            (3, "begun"),
+            (4, "executed"),
+            (5, "done"),
+            (6, "not_needed"),
+            (7, "refused"),
+        ]
+        assert journal.audit_entries(after=5) == entries[5:]
+        assert find_break(entries) is None
+        assert journal.head() == (journal.id, 7, entries[-1].hash)
+    bodies = [json.loads(entry.body) for entry in entries]
+    assert [body["row"]["sequence"] for body in bodies[:6]] == [1, 1, 1, 1, 1, 2]
+    assert bodies[1]["why"] == "never run"
+    assert (bodies[4]["executionId"], needless.state) == (final.execution_id, "done")
+    # What an entry says of a row can be compared with the row.
+    assert [bodies[4]["row"]["digest"]] == [digest for (digest,) in sql(path, "SELECT digest FROM control LIMIT 1")]
+
+
+def test_an_audit_entry_says_who_asked_for_what_and_how_it_came_out(state: Path) -> None:
+    """I14: on the agent's side, where the sandbox can't write."""
+    caller = proved("n-1")
+    with opened(state) as journal:
+        entry = begun(journal, caller=caller, traceId="trace-1", execution_id="e" * 16)
+        journal.record(entry, done(entry))
+        start, end = [json.loads(found.body) for found in journal.audit_entries()]
+
+    told = {
+        "loopId": LOOP,
+        "idempotencyKey": "key-1",
+        "intent": "approve",
+        "requestedBy": "ada",
+        "traceId": "trace-1",
+        "executionId": "e" * 16,
+    }
+    assert {**start, "row": None} == {**told, "row": None, "caller": entry.origin.caller, "command": ["superloop"]}
+    outcome = {"status": "confirmed", "reason": None, "effect": "none", "exitCode": 0, "timedOut": False}
+    assert {**end, "row": None} == {**told, "row": None, **outcome}
+
+
+def test_a_row_and_its_audit_entry_are_there_together_or_not_at_all(state: Path, path: Path) -> None:
+    with opened(state) as journal:
+        sql(path, "CREATE TRIGGER refuse BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END")
+
+        with pytest.raises(JournalCorrupt):
+            begun(journal)
+        sql(path, "DROP TRIGGER refuse")
+        assert journal.find(LOOP, "key-1") is None
+        assert begun(journal).sequence == 1
+
+
+def test_an_empty_journal_has_a_head_too(state: Path) -> None:
+    with opened(state) as journal:
+        assert journal.head() == (journal.id, 0, "0" * 64)
+
+
+# On the disk.
+
+
+def test_the_journal_is_as_durable_as_it_can_be(state: Path, path: Path) -> None:
+    with opened(state):
+        pass
+
+    tables, _ = open_journal(path)
+
+    with contextlib.closing(tables):
+        assert tables.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert tables.execute("PRAGMA synchronous").fetchone() == (3,)
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name("kept"))
+
+
+def exchange(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.with_name("filler").touch()  # or the new file may get the old one's inode
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("disturb", [rename, exchange])
+def test_nothing_is_written_to_a_file_that_has_lost_its_name(state: Path, path: Path, disturb: Any) -> None:
+    with opened(state) as journal:
+        entry = begun(journal)
+        disturb(path)
+
+        for write in (
+            lambda: begun(journal, "key-2"),
+            lambda: journal.record(entry, done(entry)),
+            lambda: journal.note("refused", {}),
+            journal.check_place,
+        ):
+            with pytest.raises(JournalCorrupt, match="was exchanged while it was open"):
+                write()
+
+
+def test_a_journal_that_is_in_its_place_and_has_room_can_be_written(state: Path) -> None:
+    with opened(state) as journal:
+        journal.check_place()
+
+        assert (state / "ballast").exists()
 
 
 # How long rows are kept.
 
 
-def aged(path: Path, seconds: float) -> None:
-    """Has every row last changed that long ago."""
-    sql(path, "UPDATE control SET updated = ?", time.time() - seconds)
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Moves the clock of this process, by seconds."""
+    now = time.time
+
+    def move(seconds: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: now() + seconds)
+
+    return move
 
 
-def test_a_key_is_kept_for_a_week_after_it_was_done(repo: Repo, loop: LoopFiles, state: Path, path: Path) -> None:
-    first = repo.execute(request())
-    repo.close()
-    aged(path, RETENTION_SECONDS - 60)
+def numbers(state: Path) -> list[int]:
+    """The rows that there are once the journal is opened."""
+    with opened(state):
+        return [
+            number for (number,) in sql(state / "journal.sqlite3", "SELECT sequence FROM control ORDER BY sequence")
+        ]
 
-    with reopened(loop, state) as again:
-        assert again.get_control(LOOP, "key-1") == {**first, "replayed": True}
+
+def test_a_key_is_kept_for_a_week_after_it_was_done(state: Path, later: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sprite_agent.control.journal.KEPT_ROWS", 1)
+    with opened(state) as first:
+        entries = [begun(first, f"key-{number}") for number in range(3)]
+        for entry in entries:
+            first.record(entry, done(entry))
+
+    later(RETENTION_SECONDS - 60)
+    assert numbers(state) == [1, 2, 3]
+    later(RETENTION_SECONDS + 60)
+    assert numbers(state) == [3]
     assert RETENTION_SECONDS == 7 * DAY
 
 
-def test_an_older_key_is_forgotten_and_its_number_not_given_again(
-    repo: Repo, loop: LoopFiles, state: Path, path: Path
+def test_the_newest_keys_are_kept_however_old_and_no_number_is_given_twice(
+    state: Path, later: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repo.execute(request())
-    repo.close()
-    aged(path, RETENTION_SECONDS + 60)
+    monkeypatch.setattr("sprite_agent.control.journal.KEPT_ROWS", 2)
+    with opened(state) as first:
+        entries = [begun(first, f"key-{number}") for number in range(4)]
+        for entry in entries:
+            first.record(entry, done(entry))
 
-    with reopened(loop, state) as again:
-        with pytest.raises(ControlNotFound):
-            again.get_control(LOOP, "key-1")
-        assert again.execute(request(idempotencyKey="key-2"))["journal"]["sequence"] == 2
+    later(100 * DAY)
+    with opened(state) as again:
+        assert again.find(LOOP, "key-1") is None
+        assert again.find(LOOP, "key-2") is not None
+        assert begun(again, "key-0").sequence == 5
+    assert numbers(state) == [4, 5]
+    assert KEPT_ROWS == 10_000
 
 
 @pytest.mark.parametrize("row_state", ["executing", "executed"])
-def test_a_row_that_is_not_done_is_kept_whatever_its_age(path: Path, row_state: str) -> None:
-    with journal(path) as opened:
-        result = begun(opened)
-        opened.record(cast("ControlResult", {**result, "state": row_state}))
-    aged(path, 100 * DAY)
-
-    with journal(path) as again:
-        assert [entry.result["state"] for entry in again.unfinished()] == [row_state]
-
-
-# A journal that can't be trusted.
-
-
-def damage_header(path: Path) -> None:
-    path.write_bytes(b"not a database " * 1000)
-
-
-def damage_pages(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[4096:] = b"\xff" * (len(content) - 4096)
-    path.write_bytes(content)
-
-
-def cut_off(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def raise_version(path: Path) -> None:
-    sql(path, "PRAGMA user_version = 2")
-
-
-def damage_result(path: Path) -> None:
-    sql(path, "UPDATE control SET result = '{'")
-
-
-def drop_rows(path: Path) -> None:
-    sql(path, "DROP TABLE control")
-
-
-@pytest.mark.parametrize("damage", [damage_header, damage_pages, cut_off, raise_version, damage_result, drop_rows])
-def test_with_a_journal_that_cannot_be_trusted_nothing_is_run_and_reading_goes_on(
-    repo: Repo, loop: LoopFiles, state: Path, path: Path, damage: Any
+def test_a_row_that_is_not_done_is_kept_whatever_its_age_and_those_after_it(
+    state: Path, later: Any, monkeypatch: pytest.MonkeyPatch, row_state: str
 ) -> None:
-    repo.execute(request("cancel"))
-    repo.close()
-    damage(path)
+    monkeypatch.setattr("sprite_agent.control.journal.KEPT_ROWS", 1)
+    with opened(state) as first:
+        entries = [begun(first, f"key-{number}") for number in range(4)]
+        for entry in (entries[0], *entries[2:]):
+            first.record(entry, done(entry))
+        if row_state == "executed":
+            first.record(entries[1], executed(entries[1]))
 
-    with reopened(loop, state) as again:
-        with pytest.raises(JournalCorrupt) as corrupt:
-            again.execute(request("cancel"))
-        assert corrupt.value.executed is False
-        with pytest.raises(JournalCorrupt):
-            again.get_control(LOOP, "key-1")
-        assert again.read_loop(LOOP).snapshot["health"]["hasPendingApproval"]
-    assert executions(loop) == []
+    later(100 * DAY)
+
+    assert numbers(state) == [2, 3, 4]
 
 
-def test_a_journal_of_a_later_version_is_left_as_it_is(repo: Repo, loop: LoopFiles, state: Path, path: Path) -> None:
-    repo.execute(request("cancel"))
-    repo.close()
-    raise_version(path)
+def test_opening_a_journal_twice_changes_nothing(state: Path, path: Path) -> None:
+    with opened(state) as first:
+        begun(first)
     before = path.read_bytes()
 
-    with reopened(loop, state) as again, pytest.raises(JournalCorrupt, match="version 2, this is for 1"):
-        again.execute(request(idempotencyKey="key-2"))
+    with opened(state):
+        pass
 
     assert path.read_bytes() == before
-
-
-# A journal that can't be written.
-
-
-def a_file_for_a_folder(state: Path) -> None:
-    state.touch()
-
-
-def a_file_on_the_way(state: Path) -> None:
-    # The state folder itself becomes a file's child by way of a link.
-    (state.parent / "file").touch()
-    state.symlink_to(state.parent / "file" / "state")
-
-
-def a_folder_for_a_journal(state: Path) -> None:
-    (state / "journal.sqlite3").mkdir(parents=True)
-
-
-@pytest.mark.parametrize("obstacle", [a_file_for_a_folder, a_file_on_the_way, a_folder_for_a_journal])
-def test_without_a_journal_nothing_is_run_and_reading_goes_on(
-    repo: Repo, loop: LoopFiles, state: Path, obstacle: Any
-) -> None:
-    obstacle(state)
-
-    with pytest.raises(JournalUnavailable) as unavailable:
-        repo.execute(request())
-    assert (unavailable.value.executed, unavailable.value.retryable) == (False, True)
-    with pytest.raises(JournalUnavailable):
-        repo.get_control(LOOP, "key-1")
-    assert repo.read_loop(LOOP).snapshot["health"]["hasPendingApproval"]
-    assert executions(loop) == []
-
-
-def test_when_the_obstacle_is_gone_the_same_request_is_run(repo: Repo, loop: LoopFiles, state: Path) -> None:
-    state.touch()
-    with pytest.raises(JournalUnavailable):
-        repo.execute(request())
-
-    state.unlink()
-
-    assert repo.execute(request())["executed"]
-    assert len(executions(loop)) == 1
-
-
-def test_a_journal_that_another_process_holds_is_unavailable(repo: Repo, loop: LoopFiles, path: Path) -> None:
-    repo.execute(request("cancel"))
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-
-        with pytest.raises(JournalUnavailable, match="locked"):
-            repo.execute(request(idempotencyKey="key-2"))
-    assert executions(loop) == []
+    assert {file.name for file in state.iterdir()} == {"journal.sqlite3", "journal.id", "ballast"}

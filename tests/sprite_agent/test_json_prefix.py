@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sprite_agent.contract.json_text import MAX_DEPTH
-from sprite_agent.json_prefix import ObjectPrefix, Verdict
+from sprite_agent.event_log.json_prefix import ObjectPrefix, Verdict
+from sprite_agent.event_log.pieces import goes_on
 
 OPEN, CLOSED, BROKEN = Verdict.OPEN, Verdict.CLOSED, Verdict.BROKEN
 
@@ -91,18 +92,40 @@ def test_nesting_is_followed_as_deep_as_the_parser_goes() -> None:
     assert prefix.feed(b"}" * MAX_DEPTH + b"\n") is CLOSED
 
 
-def test_an_object_inside_that_is_nested_too_deep_for_the_parser_is_told_from_one_that_ended() -> None:
+def test_an_object_nested_too_deep_is_let_go_and_the_next_inside_that_begins_a_line_is_followed() -> None:
     prefix = ObjectPrefix()
-    for line in (
-        b'{"a": [\n',
-        b'{"fine": 1}\n',
-        b",\n",
-        b'{"deep": ' + b"[" * MAX_DEPTH,
-        b"\n",
-        b"]" * MAX_DEPTH,
-        b"}\n",
-    ):
-        prefix.feed(line)
+    verdicts = [prefix.feed(line) for line in (b'{"a":\n', b'{"b":\n', b'{"c":' + b"[" * (MAX_DEPTH - 2) + b"\n")]
 
-    assert prefix.ended == {1: 1}
-    assert prefix.too_deep == {3}
+    assert (verdicts, prefix.first) == ([OPEN] * 3, 1)
+    assert prefix.feed(b"]" * (MAX_DEPTH - 2) + b"}}\n") is CLOSED
+    assert prefix.first == 1
+
+
+def test_what_is_nested_too_deep_and_has_no_other_object_inside_is_broken() -> None:
+    prefix = ObjectPrefix()
+    prefix.feed(b'{"a":\n')
+
+    assert prefix.feed(b"[" * MAX_DEPTH + b"\n") is BROKEN
+    assert prefix.too_deep
+
+
+def test_objects_inside_that_fill_whole_lines_are_remembered_and_those_inside_them_are_not() -> None:
+    prefix = ObjectPrefix()
+    for line in (b'{"a": [\n', b"{}\n", b",\n", b"{\n", b'"b":\n', b"{\n", b"}\n", b"}\n", b",{\n", b"},\n"):
+        assert prefix.feed(line) is OPEN
+
+    assert prefix.spans == [(3, 7)]
+    assert prefix.last_line_of(1, 0) == (1, 0)
+    assert prefix.last_line_of(3, 0) == (7, 0)
+    assert prefix.last_line_of(8, 0) == (8, 1)
+    assert [line for line in range(10) if prefix.is_open(line)] == [0]
+
+
+def test_a_line_of_many_tokens_is_followed_in_pieces() -> None:
+    steps = ObjectPrefix().steps(b'{"a": [' + b"1," * 100_000 + b"\n")
+
+    pieces = 0
+    while goes_on(steps):
+        pieces += 1
+
+    assert pieces > 10

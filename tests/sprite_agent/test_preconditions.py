@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprite_agent.control import preconditions
+from sprite_agent.control.journal import RETENTION_SECONDS
 from sprite_agent.errors import (
     ApprovalChanged,
     ApprovalNotPending,
@@ -19,25 +22,24 @@ from sprite_agent.errors import (
     IterationMismatch,
     LoopNotActive,
     LoopNotFound,
+    RequestInvalid,
+    RequestTooOld,
     RunMismatch,
 )
-from sprite_agent.repo import Repo
-from support.repos import LOOP, STANDIN, LoopFiles, event, line, put
-from support.runtime import executions, request, this_python_first
+from support.repos import LOOP, LoopFiles, event, line, put
+from support.runtime import again, executions, request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from sprite_agent.errors import OpsError
+    from sprite_agent.repo import Repo
+
+    MakeRepo = Callable[..., Repo]
 
 NOTHING_RUNS = 2**22 + 1
 """Above the highest pid Linux gives."""
-
-
-@pytest.fixture(autouse=True)
-def _python(monkeypatch: pytest.MonkeyPatch) -> None:
-    this_python_first(monkeypatch)
 
 
 @pytest.fixture
@@ -50,10 +52,8 @@ def loop(tmp_path: Path) -> LoopFiles:
 
 
 @pytest.fixture
-def repo(loop: LoopFiles, tmp_path: Path) -> Iterator[Repo]:
-    repo = Repo(loop.repo, state_folder=tmp_path / "state", runtime=str(STANDIN))
-    yield repo
-    repo.close()
+def repo(make_repo: MakeRepo) -> Repo:
+    return make_repo()
 
 
 def refused(repo: Repo, loop: LoopFiles, refusal: type[OpsError], document: dict[str, Any]) -> OpsError:
@@ -190,7 +190,7 @@ def test_a_key_that_was_refused_can_be_used_when_things_have_changed(repo: Repo,
 
 
 @pytest.mark.parametrize(
-    ("active_run", "state"),
+    ("active_run", "active_state"),
     [
         ({"loop_id": "other", "pid": NOTHING_RUNS}, None),
         (None, {"active": True, "current_loop_id": "other"}),
@@ -199,9 +199,10 @@ def test_a_key_that_was_refused_can_be_used_when_things_have_changed(repo: Repo,
     ],
 )
 def test_a_cancel_that_would_stop_another_loop_is_refused(
-    repo: Repo, loop: LoopFiles, active_run: dict[str, Any] | None, state: dict[str, Any] | None
+    repo: Repo, loop: LoopFiles, active_run: dict[str, Any] | None, active_state: dict[str, Any] | None
 ) -> None:
-    for path, content in ((loop.active_run, active_run), (loop.state, state)):
+    """C3: it is repo-wide in the runtime."""
+    for path, content in ((loop.active_run, active_run), (loop.state, active_state)):
         if content is not None:
             put(path, content)
 
@@ -211,12 +212,12 @@ def test_a_cancel_that_would_stop_another_loop_is_refused(
 
 
 @pytest.mark.parametrize(
-    "state", [{"active": False, "current_loop_id": "other"}, {"current_loop_id": "other"}, {"active": True}]
+    "active_state", [{"active": False, "current_loop_id": "other"}, {"current_loop_id": "other"}, {"active": True}]
 )
 def test_a_loop_that_is_not_active_is_none_that_a_cancel_would_stop(
-    repo: Repo, loop: LoopFiles, state: dict[str, Any]
+    repo: Repo, loop: LoopFiles, active_state: dict[str, Any]
 ) -> None:
-    put(loop.state, state)
+    put(loop.state, active_state)
 
     assert repo.execute(request("cancel"))["status"] == "confirmed"
 
@@ -271,15 +272,12 @@ def test_what_was_not_needed_is_answered_the_same_again_when_it_would_be(repo: R
     first = repo.execute(request())
     loop.ask_approval()
 
-    assert repo.execute(request()) == {**first, "replayed": True}
+    assert repo.execute(request()) == again(first)
     assert executions(loop) == []
 
 
-def test_what_is_so_already_needs_no_runtime(loop: LoopFiles, tmp_path: Path) -> None:
-    repo = Repo(loop.repo, state_folder=tmp_path / "state", runtime=None)
-
-    assert repo.execute(request("cancel"))["reason"] == "not_needed"
-    repo.close()
+def test_what_is_so_already_needs_no_runtime(make_repo: MakeRepo) -> None:
+    assert make_repo(None).execute(request("cancel"))["reason"] == "not_needed"
 
 
 @pytest.mark.parametrize("pid", [NOTHING_RUNS, 0, -1, "1", True, None, 1.5, [1], 2**70])
@@ -298,25 +296,89 @@ def test_a_run_whose_process_is_a_zombie_needs_no_cancel(repo: Repo, loop: LoopF
 
 
 @pytest.mark.parametrize(
-    ("active_run", "state"),
-    [
-        ({"loop_id": LOOP, "pid": os.getpid()}, None),
-        ({"loop_id": LOOP, "pid": os.getpid()}, {"active": False}),
-        (None, {"active": True, "current_loop_id": LOOP}),
-        ({"loop_id": LOOP, "pid": NOTHING_RUNS}, {"active": True, "current_loop_id": LOOP}),
-    ],
+    ("lives", "active_state"),
+    [(True, None), (True, {"active": False}), (False, {"active": True, "current_loop_id": LOOP})],
 )
 def test_a_run_that_lives_or_is_marked_active_is_cancelled(
-    repo: Repo, loop: LoopFiles, active_run: dict[str, Any] | None, state: dict[str, Any] | None
+    repo: Repo, loop: LoopFiles, *, lives: bool, active_state: dict[str, Any] | None
 ) -> None:
-    for path, content in ((loop.active_run, active_run), (loop.state, state)):
-        if content is not None:
-            put(path, content)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        put(loop.active_run, {"loop_id": LOOP, "pid": process.pid if lives else NOTHING_RUNS})
+        if active_state is not None:
+            put(loop.state, active_state)
+        try:
+            result = repo.execute(request("cancel"))
+        finally:
+            process.kill()
 
-    result = repo.execute(request("cancel"))
-
-    assert (result["executed"], result["status"], result["reason"]) == (True, "confirmed", "inactive_not_running")
+    assert result["executed"]
+    assert result["status"] == ("ambiguous" if lives else "confirmed")
     assert len(executions(loop)) == 1
+
+
+# How old a request may be.
+
+
+def made(**ago: float) -> str:
+    """The moment that was so long ago."""
+    return (datetime.now(UTC) - timedelta(**ago)).isoformat(timespec="seconds")
+
+
+LONG_AGO = {
+    "a day and a bit": lambda: made(hours=24, seconds=1),
+    "a year": lambda: made(days=365),
+    "the first moment": lambda: "0001-01-01T00:00:00+14:00",
+    "nanoseconds": lambda: "2020-01-01T00:00:00.123456789Z",
+}
+"""Moments, as of when the test is run."""
+
+
+@pytest.mark.parametrize("moment", LONG_AGO.values(), ids=LONG_AGO.keys())
+def test_a_request_that_was_made_more_than_a_day_ago_is_refused(
+    repo: Repo, loop: LoopFiles, moment: Callable[[], str]
+) -> None:
+    document = request(requestedAt=moment())
+
+    error = refused(repo, loop, RequestTooOld, document)
+
+    assert error.details == {"requestedAt": document["requestedAt"]}
+    assert "more than 1 day, 0:00:00 ago" in str(error)
+
+
+OF_LATE = {
+    "nearly a day": lambda: made(hours=23, minutes=55),
+    "now": lambda: made(seconds=0),
+    "in an hour": lambda: made(hours=-1),
+    "the last moment": lambda: "9999-12-31T23:59:59-14:00",
+}
+"""Moments, as of when the test is run."""
+
+
+@pytest.mark.parametrize("moment", OF_LATE.values(), ids=OF_LATE.keys())
+def test_a_request_of_this_day_is_run(repo: Repo, moment: Callable[[], str]) -> None:
+    assert repo.execute(request(requestedAt=moment()))["executed"]
+
+
+def test_a_moment_is_compared_in_its_own_zone(repo: Repo, loop: LoopFiles) -> None:
+    here = datetime.now(timezone(timedelta(hours=-12))) - timedelta(hours=23)
+
+    assert repo.execute(request(requestedAt=here.isoformat(timespec="seconds")))["executed"]
+
+
+def test_a_moment_that_there_never_was_is_refused(repo: Repo, loop: LoopFiles) -> None:
+    refused(repo, loop, RequestInvalid, request(requestedAt="2016-12-31T23:59:60Z"))
+
+
+def test_a_key_that_was_used_is_answered_however_old_the_request_is_by_now(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = repo.execute(request(requestedAt=made(seconds=0)))
+
+    assert repo.execute(request(requestedAt=made(days=2))) == again(first)
+
+
+def test_a_late_duplicate_never_finds_its_key_forgotten() -> None:
+    assert preconditions.MAX_REQUEST_AGE.total_seconds() < RETENTION_SECONDS
 
 
 # What can't be read.

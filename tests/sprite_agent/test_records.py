@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import time
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
 
-from sprite_agent.json_prefix import ObjectPrefix
-from sprite_agent.records import MAX_RECORD_BYTES, Position, Record, RecordReader
+from sprite_agent.event_log.json_prefix import ObjectPrefix
+from sprite_agent.event_log.records import MAX_RECORD_BYTES, Position, Record, RecordReader
+from support.logs import fed, records_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sprite_agent.json_prefix import Verdict
+    from sprite_agent.event_log.json_prefix import Verdict
 
 
 def read(log: bytes) -> list[Record]:
     """The records of a whole log."""
-    return RecordReader().feed(log)
+    return records_of(log)
 
 
 def outline(records: list[Record]) -> list[tuple[int, int, bool]]:
@@ -41,10 +44,10 @@ def test_each_line_with_an_object_is_a_record_and_says_where_it_ends() -> None:
 def test_a_torn_last_line_is_left_until_its_newline_comes() -> None:
     reader = RecordReader()
 
-    assert outline(reader.feed(b'{"a":1}\n{"b":')) == [(1, 1, True)]
+    assert outline(fed(reader, b'{"a":1}\n{"b":')) == [(1, 1, True)]
     assert (reader.lines, reader.boundary) == (1, Position(1, 8))
-    assert reader.feed(b"2}") == []
-    assert reader.feed(b"\n") == [Record(2, 2, 16, b'{"b":2}', {"b": 2})]
+    assert fed(reader, b"2}") == []
+    assert fed(reader, b"\n") == [Record(2, 2, 16, b'{"b":2}', {"b": 2})]
     assert (reader.lines, reader.boundary) == (2, Position(2, 16))
 
 
@@ -59,7 +62,7 @@ def test_nothing_comes_of_nothing() -> None:
 def test_blank_lines_count_as_lines_and_are_no_records() -> None:
     reader = RecordReader()
 
-    records = reader.feed(b'\n{"a":1}\n \t \n\r\n{"b":2}\n\n')
+    records = fed(reader, b'\n{"a":1}\n \t \n\r\n{"b":2}\n\n')
 
     assert outline(records) == [(2, 2, True), (5, 5, True)]
     assert (reader.lines, reader.boundary) == (6, Position(6, 24))
@@ -86,9 +89,9 @@ def test_windows_line_ends_are_white_space() -> None:
 def test_an_object_that_is_not_closed_at_the_end_is_not_yet_a_record_though_its_lines_count() -> None:
     reader = RecordReader()
 
-    assert outline(reader.feed(b'{"a":1}\n{\n"b": 2,\n')) == [(1, 1, True)]
+    assert outline(fed(reader, b'{"a":1}\n{\n"b": 2,\n')) == [(1, 1, True)]
     assert (reader.lines, reader.boundary) == (3, Position(1, 8))
-    assert outline(reader.feed(b'"c": 3\n}\n')) == [(2, 5, True)]
+    assert outline(fed(reader, b'"c": 3\n}\n')) == [(2, 5, True)]
     assert (reader.lines, reader.boundary) == (5, Position(5, 27))
 
 
@@ -179,7 +182,7 @@ def test_of_an_overlong_line_size_digest_and_beginning_are_kept(piece: int) -> N
     log = b'{"a":1}\n' + overlong + b'{"b":2}\n'
     reader = RecordReader()
 
-    records = [record for part in in_pieces(log, piece) for record in reader.feed(part)]
+    records = [record for part in in_pieces(log, piece) for record in fed(reader, part)]
 
     assert outline(records) == [(1, 1, True), (2, 2, False), (3, 3, True)]
     assert records[1].size_bytes == len(overlong)
@@ -197,7 +200,7 @@ def test_a_line_is_overlong_from_the_first_byte_beyond_the_limit(piece: int) -> 
     assert len(longest) == MAX_RECORD_BYTES
     reader = RecordReader()
 
-    records = [record for part in in_pieces(longest + longer, piece) for record in reader.feed(part)]
+    records = [record for part in in_pieces(longest + longer, piece) for record in fed(reader, part)]
 
     assert outline(records) == [(1, 1, True), (2, 2, False)]
     assert records[1].size_bytes == MAX_RECORD_BYTES + 1
@@ -206,9 +209,9 @@ def test_a_line_is_overlong_from_the_first_byte_beyond_the_limit(piece: int) -> 
 def test_an_overlong_line_without_its_newline_is_not_yet_a_record() -> None:
     reader = RecordReader()
 
-    assert reader.feed(b"x" * (MAX_RECORD_BYTES + 1)) == []
+    assert fed(reader, b"x" * (MAX_RECORD_BYTES + 1)) == []
     assert (reader.lines, reader.boundary) == (0, Position(0, 0))
-    assert outline(reader.feed(b"\n")) == [(1, 1, False)]
+    assert outline(fed(reader, b"\n")) == [(1, 1, False)]
 
 
 def test_an_overlong_line_inside_an_object_ends_the_opening_line_and_is_malformed_itself() -> None:
@@ -243,7 +246,7 @@ def test_of_an_object_over_several_lines_that_is_too_long_only_the_opening_line_
 def test_a_reader_started_at_a_boundary_numbers_lines_and_bytes_from_there() -> None:
     reader = RecordReader(Position(7, 100))
 
-    assert reader.feed(b'\n{"a":1}\n') == [Record(9, 9, 109, b'{"a":1}', {"a": 1})]
+    assert fed(reader, b'\n{"a":1}\n') == [Record(9, 9, 109, b'{"a":1}', {"a": 1})]
     assert (reader.lines, reader.boundary) == (9, Position(9, 109))
 
 
@@ -262,3 +265,53 @@ def test_reading_again_after_openings_costs_no_multiple_of_the_log(monkeypatch: 
 
     assert len(read(log)) == log.count(b"\n")
     assert looks < 10 * log.count(b"\n")
+
+
+HOSTILE = {
+    "openers around an array": b'{"a":\n' * 250 + b"[\n" + b"1,\n" * 16_000 + b"x\n",
+    "openers alone": b"{\n" * 24_000,
+    "nested without end": b'{"a":\n' * 8_000 + b"x\n",
+    "objects in an array": b'{"a":[\n' + b"{\n}\n,\n" * 8_000 + b"x\n",
+    "blank lines in an object": b"{\n" + b"\n" * 50_000 + b"x\n",
+    "blank lines": b" \n" * 24_000,
+    "tiny lines": b"x\n" * 24_000,
+    "tiny objects": b"{}\n" * 16_000,
+    "an opening of many tokens": b'{"a":[' + b"[]," * 16_000 + b"\nx\n",
+    "strings with escapes": b'{"a":[\n' + b'"\\n",\n' * 8_000 + b"x\n",
+    "numbers with exponents": b'{"a":[\n' + b"1e5,\n" * 10_000 + b"x\n",
+    "an integer of many digits": b'{"a":' + b"1" * 50_000 + b"}\n",
+    "many integers of 5,000 digits": b'{"a":[\n' + (b"1" * 5_000 + b",\n") * 50 + b"x\n",
+    "nested deep on one line": b"[" * 50_000 + b"\n",
+    "nested deep and closed": b'{"a":' + b"[" * 25_000 + b"]" * 25_000 + b"}\n",
+    "brackets in strings": b'{"a":[' + b'"[",' * 12_000 + b"1]}\n",
+    "NULs": b"\0" * 50_000 + b"\n",
+    "a line without end": b"x" * 50_000,
+}
+
+
+@pytest.mark.parametrize("log", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_log_is_read_in_short_pieces_at_a_cost_that_grows_with_it_alone(log: bytes) -> None:
+    """Fifty kilobytes each, by the clock of the thread: others may be at work on the machine."""
+    began = last = time.thread_time()
+    longest = 0.0
+    for _ in RecordReader().feed(log):
+        now = time.thread_time()
+        longest, last = max(longest, now - last), now
+
+    assert max(longest, time.thread_time() - last) < 0.1
+    assert last - began < 2.0
+
+
+@pytest.mark.parametrize("log", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_log_takes_no_more_memory_than_a_few_times_its_longest_record(log: bytes) -> None:
+    reader = RecordReader()
+    tracemalloc.start()
+    try:
+        for part in in_pieces(log, 256 * 1024):
+            for _ in reader.feed(part):
+                pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 2 * MAX_RECORD_BYTES

@@ -19,12 +19,12 @@ from google.rpc import error_details_pb2, status_pb2
 from sprite_agent import __version__, logs
 from sprite_agent.contract import control_mirror, mirror
 from sprite_agent.contract.validation import validate
-from sprite_agent.control import MAX_CONTROLS
+from sprite_agent.control.engine import MAX_CONTROLS
+from sprite_agent.control.journal import RETENTION_SECONDS
 from sprite_agent.errors import LoopNotFound
-from sprite_agent.journal import RETENTION_SECONDS
+from sprite_agent.face.server import running
+from sprite_agent.face.service import MAX_REQUEST_BYTES, Identity, SpriteAgentService
 from sprite_agent.repo import Repo
-from sprite_agent.server import running
-from sprite_agent.service import MAX_REQUEST_BYTES, Identity, SpriteAgentService
 from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
 from support.repos import LOOP, event, line
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from conftest import Agent, AgentProgram
     from google.protobuf.message import Message
 
-    from sprite_agent.config import ServeConfig
+    from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
     Stub = service_pb2_grpc.SpriteAgentServiceAsyncStub
@@ -183,6 +183,7 @@ async def test_get_info_states_the_limits(ask: Ask) -> None:
     assert limits.max_control_deadline.ToSeconds() == 120
     assert limits.max_stream_age.ToSeconds() == 3600
     assert limits.idempotency_retention.ToSeconds() == RETENTION_SECONDS == 7 * 24 * 3600
+    assert (limits.max_streams_per_caller, limits.max_control_rate) == (64, 50)
 
 
 async def test_a_restarted_agent_has_another_instance_id_and_without_a_sprite_id_says_none(config: ServeConfig) -> None:
@@ -314,7 +315,7 @@ async def test_a_refusal_has_the_trailers_and_the_log_has_its_error_id(ask: Ask)
 
     assert answer.code is grpc.StatusCode.NOT_FOUND
     expect_trailers(answer, executed="false", trace_id="trace-7", failed=True)
-    assert [entry["error_id"] for entry in log] == [answer.trailers["x-ops-error-id"]]
+    assert [entry["error_id"] for entry in calls(log)] == [answer.trailers["x-ops-error-id"]]
 
 
 async def test_a_stream_has_the_trailers_however_it_ends(stub: Stub, agent: Agent, repo: LoopFiles) -> None:
@@ -341,8 +342,10 @@ async def test_a_call_leaves_one_log_line_without_its_payload(ask: Ask, repo: Lo
     with structlog.testing.capture_logs() as log:
         await ask.control(note="not for the log", traceId="trace-7")
 
-    assert len(log) == 1
-    assert {"event": "call", "method": "ExecuteControl", "code": "OK", "trace_id": "trace-7"}.items() <= log[0].items()
+    assert len(calls(log)) == 1
+    assert {"event": "call", "method": "ExecuteControl", "code": "OK", "trace_id": "trace-7"}.items() <= calls(log)[
+        0
+    ].items()
     assert "not for the log" not in str(log)
 
 
@@ -418,7 +421,7 @@ async def test_a_failed_precondition_says_which(ask: Ask, repo: LoopFiles) -> No
 
 
 async def test_a_busy_agent_says_when_to_try_again(ask: Ask, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sprite_agent.control.LANE_WAIT", 0.1)
+    monkeypatch.setattr("sprite_agent.control.engine.LANE_WAIT", 0.1)
     repo.ask_approval()
     turn(repo, sleep_before=1)
     first = asyncio.ensure_future(ask.control())
@@ -579,8 +582,7 @@ async def test_controls_that_wait_leave_room_for_reads(
         go_on.wait(DEADLINE)
         raise LoopNotFound("enough")
 
-    monkeypatch.setattr("sprite_agent.control.ControlEngine._run", waiting)
-    monkeypatch.setattr("sprite_agent.state_folder.StateFolder.lane", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("sprite_agent.control.engine.ControlEngine._lead", waiting)
     ask = ask_server(stub, agent.metadata)
     controls = [asyncio.ensure_future(ask.control(idempotencyKey=f"key-{number}")) for number in range(MAX_CONTROLS)]
     for _ in controls:
@@ -642,7 +644,13 @@ async def test_of_a_bug_in_a_stream_a_peer_learns_an_id_that_finds_its_text_in_t
     expect_bug(answer, log)
 
 
+def calls(log: Any) -> list[dict[str, Any]]:
+    """The lines of calls; the agent has others."""
+    return [entry for entry in log if entry["event"] == "call"]
+
+
 def expect_bug(answer: Answer, log: Any) -> None:
+    log = calls(log)
     assert (answer.code, answer.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL_ERROR")
     expect_trailers(answer, executed="unknown", trace_id=None, failed=True)
     assert "secret" not in repr(answer)

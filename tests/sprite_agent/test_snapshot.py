@@ -13,6 +13,7 @@ from sprite_agent.artifacts import MAX_DOCUMENT_BYTES, MAX_SUMMARY_BYTES
 from sprite_agent.contract import json_text
 from sprite_agent.contract.json_text import OpenObject
 from sprite_agent.errors import ArtifactMalformed, EventMalformed
+from sprite_agent.event_log.rereading import Rereading
 from sprite_agent.repo import Repo
 from support.repos import LOOP, MOMENT, LoopFiles, event, line, lines, put
 
@@ -487,6 +488,8 @@ def test_the_log_is_followed_as_it_grows_torn_lines_included(repo: Repo, loop: L
 def test_of_a_log_that_has_grown_only_what_is_new_is_read(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for what is read again in the background, which test_rereading.py is about."""
+    monkeypatch.setattr(Rereading, "go_on", lambda *_: True)
     loop.append(events(2000, width=500))
     snapshot(repo)
     news = events(3, first=2000)

@@ -6,25 +6,55 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from support.repos import LOOP, STANDIN, put
+from sprite_agent.control.state_folder import StateFolder
+from sprite_agent.errors import ControlBusy, ControlNotFound
+from support.repos import LOOP, STANDIN, LoopFiles, event, line, put
 from support.waiting import DEADLINE
 
 if TYPE_CHECKING:
     import pytest
 
-    from support.repos import Json, LoopFiles
+    from sprite_agent.contract.envelopes import ControlResult
+    from sprite_agent.repo import Repo
+    from support.repos import Json
 
 LOOKS_ONCE = {"mode": "wait", "timeoutSeconds": 0}
 WAITS = {"mode": "wait", "timeoutSeconds": DEADLINE}
 SKIPS = {"mode": "skip"}
 
+AGENT = """
+import json, sys
+from pathlib import Path
+from sprite_agent.repo import Repo
+
+repo = Repo(Path(sys.argv[1]), state_folder=Path(sys.argv[2]), runtime=sys.argv[3])
+print(json.dumps(repo.execute(json.loads(sys.argv[4])) if len(sys.argv) > 4 else repo.recover()))
+"""
+"""A process of its own that runs a request, or without one recovers, as far as that needs no waiting."""
+
 
 def this_python_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the stand-in run by the interpreter of the tests, whatever another `python3` would add to its environment."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+
+
+def asking_loop(repo: Path) -> LoopFiles:
+    """A loop that waits for approval, in a new repo."""
+    loop = LoopFiles(repo)
+    loop.append(line(event("approval_requested")))
+    loop.ask_approval()
+    return loop
+
+
+def made_folder(state: Path, loop: LoopFiles) -> StateFolder:
+    """The repo's state folder, with nothing in it yet."""
+    folder = StateFolder(state, loop.repo)
+    folder.make()
+    return folder
 
 
 def request(intent: str = "approve", **members: Any) -> Json:
@@ -48,6 +78,33 @@ def executions(loop: LoopFiles) -> list[Json]:
     """What the stand-in's approve and cancel have been started with, one for each start."""
     log = loop.runtime / "standin-executions.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def mark_in(result: ControlResult) -> str:
+    """What the command of an approve or a reject was to record the decision under."""
+    return result["command"][result["command"].index("--by") + 1]
+
+
+def state_of(repo: Repo, key: str = "key-1") -> str | None:
+    """How far a key has got."""
+    try:
+        return repo.get_control(LOOP, key)["state"]
+    except ControlNotFound:
+        return None
+
+
+def patient(repo: Repo, document: dict[str, Any]) -> ControlResult:
+    """Asks until it is not told to come back later."""
+    while True:
+        try:
+            return repo.execute(document)
+        except ControlBusy as busy:
+            time.sleep((busy.retry_after or 0) / 20)
+
+
+def again(result: ControlResult) -> ControlResult:
+    """A result as it is answered later."""
+    return {**result, "replayed": True}
 
 
 def run(loop: LoopFiles, *words: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from opsmgr import __version__
@@ -18,6 +20,8 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed or refused, 2 ambiguous (control, confirm), 3 no answer, 64 called wrongly.
     """
+    # Before gRPC is imported: it writes lines of its own on stderr, where a failure is one line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 for command in (
@@ -28,5 +32,6 @@ for command in (
     reconcile.reconcile,
     act.control,
     act.confirm,
+    act.unfreeze,
 ):
     main.add_command(command)

@@ -157,6 +157,30 @@ def confirm(
         sys.exit(0 if record["confirmed"] else EXIT_AMBIGUOUS)
 
 
+@click.command()
+@target_options
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def unfreeze(*, target: Target, yes: bool) -> None:
+    """Lets control of the loop go on after its agent's journal went backwards; reaches for no agent.
+
+    Look first what the agent may have forgotten: 'sprite-agent audit' there, intents.jsonl here.
+    """
+    from opsmgr.agent_memory import load_memory, save_memory
+
+    with reported(json=False):
+        store = target.store()
+        with store.locked():
+            memory = load_memory(store)
+            if memory.frozen is None:
+                click.echo("control is not frozen")
+                return
+            if not yes:
+                click.confirm(f"Control is frozen: {printable(memory.frozen)}. Go on", abort=True, err=True)
+            memory.frozen = None
+            save_memory(store, memory)
+        click.echo("control is no longer frozen")
+
+
 def _sentence(result: ControlResult) -> str:
     replayed = " (recorded earlier)" if result["replayed"] else ""
     detail = f": {result['detail']}" if result["detail"] else ""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from opsmgr.store import LoopStore
     from opsmgr.transport.base import Transport
+    from opsmgr.transport.credentials import Credentials
 
 TOKEN_VARIABLE = "OPS_MANAGER_SERVICE_TOKEN"  # noqa: S105  # the name of a variable
 RUNTIME_VARIABLE = "SUPERLOOP_BIN"
@@ -39,6 +40,24 @@ _OPTIONS = (
         type=_PATH,
         help=f"File with the agent's bearer token, mode 600. [default: ${TOKEN_VARIABLE}]",
     ),
+    click.option(
+        "--signing-key",
+        type=_PATH,
+        help="The manager's private key, made by 'sprite-agent keys pair', mode 600: signs requests for --sprite-id.",
+    ),
+    click.option(
+        "--sprite-id",
+        metavar="NAME",
+        help="The Sprite that signed requests are for; no other takes them. [default: the one the key file names]",
+    ),
+    click.option("--tls-ca", type=_PATH, help="CA of the agent's certificate, PEM: connect with TLS, and only to it."),
+    click.option("--tls-cert", type=_PATH, help="The manager's certificate, PEM, for an agent that asks for one."),
+    click.option("--tls-key", type=_PATH, help="Its private key, PEM, mode 600."),
+    click.option(
+        "--tls-server-name",
+        metavar="NAME",
+        help="The name in the agent's certificate, where it is reached by another, as through a tunnel.",
+    ),
     click.option("--state-dir", type=_PATH, help="Journal folder for local control. [default: as the agent's]"),
     click.option(
         "--superloop-bin",
@@ -57,6 +76,12 @@ class Target:
     transport: str
     service_target: str | None
     service_token_file: Path | None
+    signing_key: Path | None
+    sprite_id: str | None
+    tls_ca: Path | None
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_server_name: str | None
     state_dir: Path | None
     superloop_bin: str | None
 
@@ -83,12 +108,15 @@ class Target:
 
     def _transport(self) -> Transport:
         if self.transport == "sprite_service":
+            from opsmgr.errors import InputInvalid
             from opsmgr.transport.sprite_service import SpriteServiceTransport
 
             if self.service_target is None:
                 raise click.UsageError("--transport sprite_service needs --service-target HOST:PORT or unix:PATH")
-            _check_target(self.service_target)
-            return SpriteServiceTransport(self.service_target, token=_token(self.service_token_file))
+            try:
+                return SpriteServiceTransport(self.service_target, credentials=self._credentials())
+            except (InputInvalid, ValueError) as error:
+                raise click.UsageError(str(error)) from error
         from opsmgr.transport.local import LocalTransport
 
         if self.service_target is not None:
@@ -97,6 +125,24 @@ class Target:
             raise click.UsageError("--transport local needs --repo PATH")
         runtime = self.superloop_bin or os.environ.get(RUNTIME_VARIABLE) or None
         return LocalTransport(self.repo, runtime=runtime, state_folder=self.state_dir)
+
+    def _credentials(self) -> Credentials:
+        from opsmgr.transport.credentials import Credentials
+        from sprite_agent.contract.secrets import read_token
+
+        signer = None
+        if self.signing_key is not None:
+            from sprite_agent.contract.signatures import load_signer
+
+            signer = load_signer(self.signing_key, audience=self.sprite_id)
+        return Credentials(
+            token=read_token(self.service_token_file, TOKEN_VARIABLE),
+            signer=signer,
+            tls_ca=self.tls_ca,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            tls_server_name=self.tls_server_name,
+        )
 
 
 class Seconds(click.FloatRange):
@@ -131,26 +177,3 @@ def refuse_what_is_no_text(options: dict[str, Any]) -> None:
             (value if isinstance(value, str) else "").encode()
         except UnicodeEncodeError as error:
             raise click.UsageError(f"--{name.replace('_', '-')} {value!a} is not valid UTF-8") from error
-
-
-def _check_target(address: str) -> None:
-    from sprite_agent.contract.addresses import is_local
-
-    try:
-        local = is_local(address)
-    except ValueError as error:
-        raise click.UsageError(f"--service-target: {error}") from error
-    if not local:
-        raise click.UsageError(
-            f"--service-target {address} is not on this machine: that needs TLS, which this version has not; "
-            "reach the agent through a tunnel to loopback or a Unix socket"
-        )
-
-
-def _token(path: Path | None) -> str | None:
-    from sprite_agent.contract.secrets import read_token
-
-    try:
-        return read_token(path, TOKEN_VARIABLE)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from sprite_agent.contract.agent_state import Finding, JournalHead
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult, SnapshotEnvelope
     from sprite_agent.contract.streaming import EventBatch, EventQuery
 
@@ -33,6 +34,8 @@ class Snapshot:
 
     envelope: SnapshotEnvelope
     resume_token: str
+    findings: list[Finding] = field(default_factory=list)
+    """What the agent wants looked into beside."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,6 +63,8 @@ class Transport(Protocol):
 
     name: TransportName
     attempts: Attempts
+    journal: JournalHead | None
+    """How far the journal had got when it answered last; None: it did not say."""
 
     async def info(self) -> AgentInfo:
         """Who answers."""

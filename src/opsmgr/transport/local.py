@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 from opsmgr.errors import InputInvalid
 from opsmgr.transport.base import AgentInfo, Attempts, Snapshot
 from sprite_agent import __version__
+from sprite_agent.control.state_folder import default_path
 from sprite_agent.repo import Repo
-from sprite_agent.state_folder import default_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from opsmgr.transport.base import TransportName
+    from sprite_agent.contract.agent_state import JournalHead
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.contract.streaming import EventBatch, EventQuery
 
@@ -36,15 +37,18 @@ class LocalTransport:
         except ValueError as error:
             raise InputInvalid(str(error)) from error
         self.attempts = Attempts()
+        self.journal: JournalHead | None = None
 
     async def info(self) -> AgentInfo:
         """See `base.Transport`."""
+        self.journal = await asyncio.to_thread(self._repo.journal_head)
         return AgentInfo(agent_version=__version__, repo_path=str(self._repo.path), loops=self._repo.loops())
 
     async def snapshot(self, loop_id: str, *, trace_id: str | None = None, run_id: str | None = None) -> Snapshot:
         """See `base.Transport`."""
         reading = await asyncio.to_thread(self._repo.read_loop, loop_id, trace_id=trace_id, run_id=run_id)
-        return Snapshot(envelope=reading.snapshot, resume_token=reading.resume_token)
+        self.journal = await asyncio.to_thread(self._repo.journal_head)
+        return Snapshot(envelope=reading.snapshot, resume_token=reading.resume_token, findings=list(reading.findings))
 
     def events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """See `base.Transport`."""
@@ -52,7 +56,9 @@ class LocalTransport:
 
     async def execute(self, request: ControlRequest) -> ControlResult:
         """See `base.Transport`."""
-        return await asyncio.to_thread(self._repo.execute, dict(request))
+        result = await asyncio.to_thread(self._repo.execute, dict(request))
+        self.journal = await asyncio.to_thread(self._repo.journal_head)
+        return result
 
     async def get_control(self, loop_id: str, key: str) -> ControlResult:
         """See `base.Transport`."""

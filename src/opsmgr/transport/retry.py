@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from sprite_agent.errors import OpsError
+from sprite_agent.errors import OpsError, SignatureReplayed, SignatureStale
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,24 +44,38 @@ class Retries:
     policy: RetryPolicy
     attempts: Attempts
     _failures: int = 0
+    _signed_anew: bool = False
+    _unknown: bool = False
+    """What became of one of the tries is not known."""
     _since: float = field(default_factory=time.monotonic)
 
     def progress(self) -> None:
         """Something was achieved."""
         self._failures = 0
+        self._signed_anew = False
+        self._unknown = False
         self._since = time.monotonic()
 
     def wait_after(self, error: OpsError) -> float:
         """Seconds to wait before the next try.
+
+        A signature that came too late, or twice, is made anew at once, and once: it is the clocks' fault otherwise.
+        A refusal tells of its own try only: `error.executed` is None when an earlier one may have run something.
 
         Raises:
             OpsError: `error` itself, when it is not retryable or there is to be no further try.
         """
         self._failures += 1
         error.attempts = self._failures
-        if not error.retryable:
+        if self._unknown:
+            error.executed = None
+        self._unknown = error.executed is None
+        if isinstance(error, SignatureStale | SignatureReplayed) and not self._signed_anew:
+            self._signed_anew, wait = True, 0.0
+        elif error.retryable:
+            wait = self.policy.backoff(self._failures, error.retry_after)
+        else:
             raise error
-        wait = self.policy.backoff(self._failures, error.retry_after)
         spent = time.monotonic() - self._since
         if self._failures >= self.policy.attempts or spent + wait > self.policy.budget:
             raise error

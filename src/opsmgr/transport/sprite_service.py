@@ -8,32 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
 
 from opsmgr.errors import NoAnswer, TransportRefused
 from opsmgr.transport.base import AgentInfo, Attempts, Snapshot
+from opsmgr.transport.credentials import Credentials
+from opsmgr.transport.messages import batch_from, result_from, stream_request
 from opsmgr.transport.retry import Retries, RetryPolicy, retried
 from sprite_agent.contract import control_mirror, error_details, mirror
+from sprite_agent.contract.agent_state import Finding, JournalHead
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.contract.requests import DEFAULT_TIMEOUT, MAX_CONTROL_DEADLINE, check_request
-from sprite_agent.contract.streaming import EventBatch, SkippedRecord, check_query
+from sprite_agent.contract.streaming import check_query
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ContractError, InternalError
 from sprite_agent.v1 import service_pb2 as pb
-from sprite_agent.v1 import service_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from opsmgr.transport.base import TransportName
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
-    from sprite_agent.contract.streaming import EventQuery
+    from sprite_agent.contract.streaming import EventBatch, EventQuery
     from sprite_agent.errors import OpsError
 
 READ_TIMEOUT = 15.0
 """Seconds for one attempt at a read."""
 COMMAND_ALLOWANCE = 40.0
 """Seconds a control may take beside its confirmation: waiting for its turn, and the command's time limit."""
+PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+"""Milliseconds until another try; anything else: no other try."""
 MISSED_HEARTBEATS = 3
 """A following stream that is silent for so many intervals is dropped."""
 CHANNEL_OPTIONS = (
@@ -51,6 +56,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["SpriteAgentService"]
 _NO_ANSWER = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -66,26 +72,42 @@ class SpriteServiceTransport:
 
     name: TransportName = "sprite_service"
 
-    def __init__(self, target: str, *, token: str | None = None, policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        credentials: Credentials | None = None,
+        policy: RetryPolicy | None = None,
+    ) -> None:
         """Connects when first used.
 
         Args:
             target: HOST:PORT or unix:PATH of the agent.
-            token: its bearer token.
+            token: its bearer token, where that is all it asks for.
+            credentials: instead of `token`.
             policy: how often to try again.
+
+        Raises:
+            InputInvalid: with these credentials `target` can't be reached; the message says why.
         """
         self._target = target
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._credentials = credentials or Credentials(token=token)
         self._policy = policy or RetryPolicy()
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._agent: service_pb2_grpc.SpriteAgentServiceAsyncStub = service_pb2_grpc.SpriteAgentServiceStub(
-            self._channel
-        )
+        self._channel = _open(target, self._credentials)
+        # By bytes: what is signed is what is sent, and serializing twice need not give the same.
+        self._calls: dict[str, Any] = {
+            method.name: (self._channel.unary_stream if method.server_streaming else self._channel.unary_unary)(
+                _path(method.name), response_deserializer=GetMessageClass(method.output_type).FromString
+            )
+            for method in _SERVICE.methods
+        }
         self.attempts = Attempts()
+        self.journal: JournalHead | None = None
 
     async def info(self) -> AgentInfo:
         """See `base.Transport`."""
-        answer: pb.GetInfoResponse = await self._ask(self._agent.GetInfo, pb.GetInfoRequest(), READ_TIMEOUT)
+        answer: pb.GetInfoResponse = await self._ask("GetInfo", pb.GetInfoRequest(), READ_TIMEOUT)
         return AgentInfo(
             agent_version=answer.agent_version,
             repo_path=answer.repo_path,
@@ -98,15 +120,18 @@ class SpriteServiceTransport:
         """See `base.Transport`."""
         check_loop_id(loop_id)
         request = pb.GetSnapshotRequest(loop_id=loop_id, trace_id=trace_id, run_id=run_id)
-        answer: pb.GetSnapshotResponse = await self._ask(self._agent.GetSnapshot, request, READ_TIMEOUT)
+        answer: pb.GetSnapshotResponse = await self._ask("GetSnapshot", request, READ_TIMEOUT)
         envelope = mirror.snapshot_from_message(answer.snapshot)
         validate("loop_run_snapshot", envelope)
-        return Snapshot(envelope=envelope, resume_token=answer.resume_token)
+        findings = [Finding(found.reason, found.message) for found in answer.findings]
+        return Snapshot(envelope=envelope, resume_token=answer.resume_token, findings=findings)
 
     async def events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
         """See `base.Transport`."""
         check_query(query)
-        call = self._agent.StreamEvents(_stream_request(query), metadata=self._metadata)
+        body = stream_request(query).SerializeToString()
+        metadata = self._credentials.metadata(_path("StreamEvents"), body, actor=None, trace_id=query.trace_id)
+        call = self._calls["StreamEvents"](body, metadata=metadata)
         silence = MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT
         try:
             while True:
@@ -120,7 +145,7 @@ class SpriteServiceTransport:
                     return
                 if not isinstance(message, pb.StreamEventsResponse):
                     raise ContractError("the answer is no message of this method")
-                yield _batch_from(message)
+                yield batch_from(message)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
         finally:
@@ -133,36 +158,48 @@ class SpriteServiceTransport:
         waits = confirmation.get("mode") != "skip"
         timeout = COMMAND_ALLOWANCE + (confirmation.get("timeoutSeconds", DEFAULT_TIMEOUT) if waits else 0)
         answer: pb.ExecuteControlResponse = await self._ask(
-            self._agent.ExecuteControl, message, min(timeout, MAX_CONTROL_DEADLINE)
+            "ExecuteControl", message, min(timeout, MAX_CONTROL_DEADLINE), actor=request["requestedBy"]
         )
         try:
-            return _result_from(answer.result)
+            return result_from(answer.result)
         except ContractError as error:
             raise _not_understood(error) from error
 
     async def get_control(self, loop_id: str, key: str) -> ControlResult:
         """See `base.Transport`."""
         request = pb.GetControlRequest(loop_id=loop_id, idempotency_key=key)
-        answer: pb.GetControlResponse = await self._ask(self._agent.GetControl, request, READ_TIMEOUT)
-        return _result_from(answer.result)
+        answer: pb.GetControlResponse = await self._ask("GetControl", request, READ_TIMEOUT)
+        return result_from(answer.result)
 
     async def close(self) -> None:
         """See `base.Transport`."""
         await self._channel.close()
 
-    async def _ask(self, method: Any, request: Any, timeout: float) -> Any:  # noqa: ASYNC109  # a deadline, sent along
+    async def _ask(
+        self,
+        method: str,
+        request: Any,
+        timeout: float,  # noqa: ASYNC109  # a deadline, sent along
+        actor: str | None = None,
+    ) -> Any:
         """One unary call, tried again as the policy says. Safe for control: the key is in the request."""
+        body = request.SerializeToString()
+        trace_id = getattr(request, "trace_id", None) or None
 
         async def once() -> Any:
+            metadata = self._credentials.metadata(_path(method), body, actor=actor, trace_id=trace_id)
             try:
-                answer = await method(request, timeout=timeout, metadata=self._metadata)
+                answer = await self._calls[method](body, timeout=timeout, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 raise self._translated(error) from error
             if answer is None:
                 raise _not_understood(ContractError("the answer is no message of this method"))
             return answer
 
-        return await retried(once, Retries(policy=self._policy, attempts=self.attempts))
+        answer = await retried(once, Retries(policy=self._policy, attempts=self.attempts))
+        if answer.HasField("journal"):
+            self.journal = JournalHead(answer.journal.id, answer.journal.sequence, answer.journal.head)
+        return answer
 
     def _translated(self, error: grpc.aio.AioRpcError) -> OpsError:
         """The error that the agent sent, or else what is known of the failure."""
@@ -177,12 +214,41 @@ class SpriteServiceTransport:
                 )
                 if isinstance(refusal, InternalError):
                     refusal.retryable = True  # a control's key makes it safe, and a read is safe anyway
+                _heed(_text(trailers.get(PUSHBACK_TRAILER)), refusal)
                 return refusal
         code = error.code()
         details = {"target": self._target, "grpcStatus": code.name}
         if code in _NO_ANSWER:
-            return NoAnswer(f"no answer from {self._target}: {code.name}: {error.details()}", details=details)
+            said = f"{code.name}: {error.details()}"
+            meaning = self._credentials.explain(said)
+            said = said if meaning is None else f"{meaning} ({said})"
+            no_answer = NoAnswer(f"no answer from {self._target}: {said}", details=details)
+            _heed(_text(trailers.get(PUSHBACK_TRAILER)), no_answer)
+            return no_answer
         return TransportRefused(f"{self._target} refused with {code.name}: {error.details()}", details=details)
+
+
+def _open(target: str, credentials: Credentials) -> grpc.aio.Channel:
+    files = credentials.read_tls(target)
+    if files is None:
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    name = credentials.tls_server_name
+    named = () if name is None else (("grpc.ssl_target_name_override", name),)
+    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(*files), options=(*CHANNEL_OPTIONS, *named))
+
+
+def _path(method: str) -> str:
+    return f"/{_SERVICE.full_name}/{method}"
+
+
+def _heed(pushback: str | None, error: OpsError) -> None:
+    """Notes in `error` when it may be tried again, or that it may not, where that was said in gRPC's own way."""
+    if pushback is None:
+        return
+    if pushback.isascii() and pushback.isdigit():
+        error.retry_after = int(pushback) / 1000
+    else:
+        error.retryable = False
 
 
 def _not_understood(error: ContractError) -> ContractError:
@@ -193,52 +259,3 @@ def _not_understood(error: ContractError) -> ContractError:
 
 def _text(value: str | bytes | None) -> str | None:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
-
-
-def _stream_request(query: EventQuery) -> pb.StreamEventsRequest:
-    request = pb.StreamEventsRequest(
-        loop_id=query.loop_id,
-        max_events=min(query.max_events, 2**63 - 1),
-        follow=query.follow,
-        skip_malformed=query.skip_malformed,
-        trace_id=query.trace_id,
-    )
-    if query.resume_token is None:
-        request.event_line_offset = query.after_line
-    else:
-        request.resume_token = query.resume_token
-    request.heartbeat_interval.FromNanoseconds(int(query.heartbeat_interval * 1e9))
-    return request
-
-
-def _batch_from(message: pb.StreamEventsResponse) -> EventBatch:
-    events = [mirror.event_from_message(event) for event in message.events]
-    for event in events:
-        validate("loop_run_event", event)
-    return EventBatch(
-        events=events,
-        cursor={
-            "eventLineOffset": message.cursor.event_line_offset,
-            "eventLineCount": message.cursor.event_line_count,
-        },
-        resume_token=message.resume_token,
-        caught_up=message.caught_up,
-        skipped=[
-            SkippedRecord(
-                first_line=record.first_line,
-                last_line=record.last_line,
-                reason=record.reason,
-                excerpt=record.excerpt,
-                size_bytes=record.size_bytes,
-                sha256=record.sha256,
-            )
-            for record in message.skipped
-        ],
-        emitted_at=message.emitted_at,
-    )
-
-
-def _result_from(message: Any) -> ControlResult:
-    result = control_mirror.result_from_message(message)
-    validate("control_result", result)
-    return result

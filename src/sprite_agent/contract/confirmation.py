@@ -1,7 +1,9 @@
 """Whether an intent's effect shows: the rules, shared by the agent and the manager.
 
 Only what is newer than the start of the command counts: the world as it was then is the
-baseline, and the rules look at what differs from it.
+baseline, and the rules look at what differs from it. The agent knows more than a snapshot
+says: the mark its command recorded the decision under, every decision in the log since,
+and whether the process it wanted to stop is gone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
     )
 
 
+class Decision(NamedTuple):
+    """A decision on an approval request, or its completion, as the log has it."""
+
+    event: str
+    status: str | None
+    by: str | None
+    run_id: str | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
     """What one look at a loop shows of an intent's effect."""
@@ -41,6 +52,20 @@ class Evidence:
     completion_ok: bool
     summary: Any
     observed_at: str
+    decided_by: str | None = None
+    """Who the approval request was decided by, as it says itself."""
+    subject: str | None = None
+    """Digest of what there is to decide: run, iteration, moment and candidate of the approval request."""
+    asking_run: str | None = None
+    """The run that asked for approval."""
+    summary_run: str | None = None
+    """The run of the latest summary entry."""
+    decisions: tuple[Decision, ...] = ()
+    """Those in the log since the baseline; only the agent has them."""
+    target: str | None = None
+    """Name of the active run's process; only the agent knows it."""
+    target_is_gone: bool = True
+    """Whether the baseline's target has ended; only the agent can tell."""
 
 
 class Finding(NamedTuple):
@@ -70,25 +95,30 @@ def evidence_from(snapshot: SnapshotEnvelope, last_event: dict[str, Any] | None 
     )
 
 
-def find_effect(intent: Intent, now: Evidence, baseline: Evidence | None) -> Finding:
-    """How far `intent` shows in `now`. Without a baseline everything counts as new."""
-    new_event = baseline is None or now.lines > baseline.lines
-    new_approval = baseline is None or now.approval_digest != baseline.approval_digest
-    new_summary = baseline is None or now.summary != baseline.summary
+def find_effect(intent: Intent, now: Evidence, baseline: Evidence | None, mark: str | None = None) -> Finding:
+    """How far `intent` shows in `now`.
+
+    Args:
+        intent: whose effect.
+        now: the latest look.
+        baseline: the loop before the command; None: everything counts as new.
+        mark: what the command recorded its decision under; None: anybody's decision counts.
+    """
     if intent == "cancel":
-        stopped = now.active is not True and now.status != "running"
+        stopped = now.active is not True and now.status != "running" and now.target_is_gone
         return Finding("completed", "inactive_not_running") if stopped else Finding("none", None)
-    if intent == "approve":
-        if (new_summary and now.completion_ok) or (new_event and now.last_event == "loop_complete"):
-            return Finding("completed", "completion_observed")
-        consumed = new_event and now.last_event == "approval_consumed"
-        if consumed or _decided("approved", now, new_approval=new_approval, new_event=new_event):
-            return Finding("decision_recorded", "decision_observed")
-        return Finding("none", None)
-    rejected = new_event and now.last_event == "approval_rejected"
-    if rejected or _decided("rejected", now, new_approval=new_approval, new_event=new_event):
-        return Finding("completed", "rejection_observed")
-    return Finding("none", None)
+    status = "approved" if intent == "approve" else "rejected"
+    decided = _decided(status, now, baseline, mark)
+    if intent == "reject":
+        return Finding("completed", "rejection_observed") if decided else Finding("none", None)
+    if (decided or mark is None) and _completed(now, baseline):
+        return Finding("completed", "completion_observed")
+    return Finding("decision_recorded", "decision_observed") if decided else Finding("none", None)
+
+
+def decided_another(now: Evidence, baseline: Evidence, mark: str) -> bool:
+    """Whether the decision under `mark` is on another approval request than the one there was before."""
+    return now.decided_by == mark and now.subject != baseline.subject
 
 
 def enough(finding: Finding, required: ControlEffect) -> bool:
@@ -104,6 +134,8 @@ class Look:
     record: ConfirmationRecord
     detail: str
     """Why the effect does not (yet) show, in one sentence for people."""
+    now: Evidence | None = None
+    """The last look; None: the loop could never be read."""
 
 
 def look_for_effect(
@@ -114,6 +146,8 @@ def look_for_effect(
     required: ControlEffect,
     timeout: float,
     interval: float = 0.25,
+    mark: str | None = None,
+    settle: float = 0.0,
 ) -> Look:
     """Looks until the effect shows or `timeout` seconds are over; blocks meanwhile.
 
@@ -126,24 +160,32 @@ def look_for_effect(
         required: the effect that is enough.
         timeout: seconds; 0 looks once.
         interval: seconds between two looks.
+        mark: as for `find_effect`.
+        settle: seconds for which the effect must go on to show; it may take so much longer.
     """
     until = time.monotonic() + timeout
     attempts, now, finding, detail = 0, None, Finding("none", None), ""
+    showed = not settle  # whether it has shown for long enough, should it show now
     while True:
         attempts += 1
+        seen = False
         try:
             now = observe()
-            finding = find_effect(intent, now, baseline)
+            finding = find_effect(intent, now, baseline, mark)
             detail = _explained(intent, finding, now)
+            seen = True
         except OpsError as error:
             detail = f"the loop can't be read: {error}"
-        confirmed = enough(finding, required)
-        if confirmed or time.monotonic() >= until:
-            record = build_record(
-                intent, finding, confirmed=confirmed, now=now, attempts=attempts, timeout_seconds=timeout
-            )
-            return Look(effect=finding.effect, record=record, detail=detail)
-        time.sleep(min(interval, max(0.0, until - time.monotonic())))
+        shows = enough(finding, required) and (seen or not settle)
+        if shows and not showed:
+            showed = True
+            time.sleep(settle)
+        elif shows or time.monotonic() >= until:
+            record = build_record(intent, finding, confirmed=shows, now=now, attempts=attempts, timeout_seconds=timeout)
+            return Look(effect=finding.effect, record=record, detail=detail, now=now)
+        else:
+            showed = not settle
+            time.sleep(min(interval, max(0.0, until - time.monotonic())))
 
 
 def build_record(
@@ -166,7 +208,8 @@ def build_record(
 
 def _explained(intent: Intent, finding: Finding, now: Evidence) -> str:
     if intent == "cancel":
-        return f"the loop is still {now.status}, active {now.active}"
+        living = "" if now.target_is_gone else ", and the process of its run lives"
+        return f"the loop is still {now.status}, active {now.active}{living}"
     if finding.effect == "decision_recorded":
         if now.active is True:
             return "decision recorded; the active run has not completed yet"
@@ -174,7 +217,29 @@ def _explained(intent: Intent, finding: Finding, now: Evidence) -> str:
     return f"the decision does not show: approval status {now.approval_status}, last event {now.last_event}"
 
 
-def _decided(decision: str, now: Evidence, *, new_approval: bool, new_event: bool) -> bool:
-    in_approval = new_approval and now.approval_status == decision
-    in_log = new_event and now.last_event == "approval_decision" and now.last_event_status == decision
-    return in_approval or in_log
+def _decided(status: str, now: Evidence, baseline: Evidence | None, mark: str | None) -> bool:
+    """Whether the decision shows: in the approval request, or in the log, where it is under `mark`."""
+    new_approval = baseline is None or now.approval_digest != baseline.approval_digest
+    if new_approval and now.approval_status == status and mark in {None, now.decided_by}:
+        return True
+    if mark is not None:
+        return any(found.by == mark and found.status == status for found in now.decisions)
+    if baseline is not None and now.lines <= baseline.lines:
+        return False
+    if now.last_event == ("approval_consumed" if status == "approved" else "approval_rejected"):
+        return True
+    return now.last_event == "approval_decision" and now.last_event_status == status
+
+
+def _completed(now: Evidence, baseline: Evidence | None) -> bool:
+    """Whether the run that asked for approval is complete, and was not before."""
+    if baseline is None:
+        return now.completion_ok or now.last_event == "loop_complete"
+    asking = baseline.asking_run
+    same_run = asking is None or now.summary_run in {None, asking}
+    if now.completion_ok and now.summary != baseline.summary and same_run:
+        return True
+    if now.decisions:
+        runs = [found.run_id for found in now.decisions if found.event == "loop_complete"]
+        return any(run is None or asking in {None, run} for run in runs)
+    return now.lines > baseline.lines and now.last_event == "loop_complete" and same_run

@@ -19,6 +19,11 @@ _EFFECT = Enumeration(control_pb2.ControlEffect.DESCRIPTOR)
 _REQUIRED_EFFECT = Enumeration(control_pb2.RequiredEffect.DESCRIPTOR)
 
 
+def intent_name(number: int) -> str:
+    """The name of an intent; its number where it has none."""
+    return _INTENT.names.get(number, str(number))
+
+
 @refused_with_path("control_request")
 def request_to_message(request: ControlRequest) -> service_pb2.ExecuteControlRequest:
     """The mirror of a control request."""
@@ -32,6 +37,7 @@ def request_to_message(request: ControlRequest) -> service_pb2.ExecuteControlReq
         expected_run_id=request.get("expectedRunId"),
         expected_iteration=request.get("expectedIteration"),
         expected_approval_digest=request.get("expectedApprovalDigest"),
+        requested_at=request.get("requestedAt"),
     )
     if "confirmation" in request:
         wanted = request["confirmation"]
@@ -53,7 +59,7 @@ def request_from_message(message: service_pb2.ExecuteControlRequest) -> dict[str
     """The control request that `message` mirrors; not validated, and fields it leaves unset are left out."""
     request: dict[str, Any] = {
         "loopId": message.loop_id,
-        "intent": _INTENT.names.get(message.intent, str(message.intent)),
+        "intent": intent_name(message.intent),
         "requestedBy": message.requested_by,
         "idempotencyKey": message.idempotency_key,
     }
@@ -63,6 +69,7 @@ def request_from_message(message: service_pb2.ExecuteControlRequest) -> dict[str
         ("expectedRunId", "expected_run_id"),
         ("expectedIteration", "expected_iteration"),
         ("expectedApprovalDigest", "expected_approval_digest"),
+        ("requestedAt", "requested_at"),
     ):
         if message.HasField(field):  # type: ignore[arg-type]  # the names just above
             request[name] = getattr(message, field)

@@ -180,6 +180,7 @@ class ControlRequest(TypedDict):
     expectedRunId: NotRequired[str]
     expectedIteration: NotRequired[int]
     expectedApprovalDigest: NotRequired[str]
+    requestedAt: NotRequired[str]
 
 
 class ConfirmationRecord(TypedDict):

@@ -303,7 +303,7 @@ class ControlResult(_message.Message):
     reason: _builtins.str
     """Why the outcome is what it is: inactive_not_running, completion_observed,
     decision_observed, rejection_observed, not_needed, confirmation_skipped, timeout,
-    interrupted, command_failed; unset until the state is done.
+    interrupted, approved_different, command_failed; unset until the state is done.
     """
     detail: _builtins.str
     """The reason in one sentence for people; unset: there is no more to say."""

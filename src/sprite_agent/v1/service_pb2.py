@@ -27,37 +27,43 @@ from sprite_agent.v1 import control_pb2 as sprite__agent_dot_v1_dot_control__pb2
 from sprite_agent.v1 import envelopes_pb2 as sprite__agent_dot_v1_dot_envelopes__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsprite_agent/v1/service.proto\x12\x0fsprite_agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dsprite_agent/v1/control.proto\x1a\x1fsprite_agent/v1/envelopes.proto\"\x10\n\x0eGetInfoRequest\"\xeb\x01\n\x0fGetInfoResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_revision\x18\x02 \x01(\x05\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x16\n\tsprite_id\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x11\n\trepo_path\x18\x06 \x01(\t\x12\r\n\x05loops\x18\x07 \x03(\t\x12\'\n\x06limits\x18\x08 \x01(\x0b\x32\x17.sprite_agent.v1.Limits\x12\x13\n\x0bserver_time\x18\t \x01(\tB\x0c\n\n_sprite_id\"\x9a\x02\n\x06Limits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x03\x12\x18\n\x10max_record_bytes\x18\x02 \x01(\x03\x12\x18\n\x10max_batch_events\x18\x03 \x01(\x03\x12\x1b\n\x13max_note_characters\x18\x04 \x01(\x03\x12\x37\n\x14max_control_deadline\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0emax_stream_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15idempotency_retention\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"i\n\x12GetSnapshotRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\x15\n\x08trace_id\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06run_id\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x0b\n\t_trace_idB\t\n\x07_run_id\"`\n\x13GetSnapshotResponse\x12\x33\n\x08snapshot\x18\x01 \x01(\x0b\x32!.sprite_agent.v1.SnapshotEnvelope\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\xfe\x01\n\x13StreamEventsRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\x1b\n\x11\x65vent_line_offset\x18\x02 \x01(\x03H\x00\x12\x16\n\x0cresume_token\x18\x03 \x01(\tH\x00\x12\x12\n\nmax_events\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\x12\x16\n\x0eskip_malformed\x18\x06 \x01(\x08\x12\x35\n\x12heartbeat_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08trace_id\x18\x08 \x01(\tH\x01\x88\x01\x01\x42\n\n\x08positionB\x0b\n\t_trace_id\"\xdd\x01\n\x14StreamEventsResponse\x12.\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1e.sprite_agent.v1.EventEnvelope\x12\'\n\x06\x63ursor\x18\x02 \x01(\x0b\x32\x17.sprite_agent.v1.Cursor\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\x12\x11\n\tcaught_up\x18\x04 \x01(\x08\x12/\n\x07skipped\x18\x05 \x03(\x0b\x32\x1e.sprite_agent.v1.SkippedRecord\x12\x12\n\nemitted_at\x18\x06 \x01(\t\"{\n\rSkippedRecord\x12\x12\n\nfirst_line\x18\x01 \x01(\x03\x12\x11\n\tlast_line\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07\x65xcerpt\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"\xdb\x03\n\x15\x45xecuteControlRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\'\n\x06intent\x18\x02 \x01(\x0e\x32\x17.sprite_agent.v1.Intent\x12\x14\n\x0crequested_by\x18\x03 \x01(\t\x12\x11\n\x04note\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12:\n\x0c\x63onfirmation\x18\x06 \x01(\x0b\x32$.sprite_agent.v1.ControlConfirmation\x12\x15\n\x08trace_id\x18\x07 \x01(\tH\x01\x88\x01\x01\x12/\n\nprovenance\x18\x08 \x01(\x0b\x32\x1b.sprite_agent.v1.Provenance\x12\x1c\n\x0f\x65xpected_run_id\x18\t \x01(\tH\x02\x88\x01\x01\x12\x1f\n\x12\x65xpected_iteration\x18\n \x01(\x03H\x03\x88\x01\x01\x12%\n\x18\x65xpected_approval_digest\x18\x0b \x01(\tH\x04\x88\x01\x01\x42\x07\n\x05_noteB\x0b\n\t_trace_idB\x12\n\x10_expected_run_idB\x15\n\x13_expected_iterationB\x1b\n\x19_expected_approval_digest\"H\n\x16\x45xecuteControlResponse\x12.\n\x06result\x18\x01 \x01(\x0b\x32\x1e.sprite_agent.v1.ControlResult\"=\n\x11GetControlRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"D\n\x12GetControlResponse\x12.\n\x06result\x18\x01 \x01(\x0b\x32\x1e.sprite_agent.v1.ControlResult2\xd5\x03\n\x12SpriteAgentService\x12L\n\x07GetInfo\x12\x1f.sprite_agent.v1.GetInfoRequest\x1a .sprite_agent.v1.GetInfoResponse\x12X\n\x0bGetSnapshot\x12#.sprite_agent.v1.GetSnapshotRequest\x1a$.sprite_agent.v1.GetSnapshotResponse\x12]\n\x0cStreamEvents\x12$.sprite_agent.v1.StreamEventsRequest\x1a%.sprite_agent.v1.StreamEventsResponse0\x01\x12\x61\n\x0e\x45xecuteControl\x12&.sprite_agent.v1.ExecuteControlRequest\x1a\'.sprite_agent.v1.ExecuteControlResponse\x12U\n\nGetControl\x12\".sprite_agent.v1.GetControlRequest\x1a#.sprite_agent.v1.GetControlResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsprite_agent/v1/service.proto\x12\x0fsprite_agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dsprite_agent/v1/control.proto\x1a\x1fsprite_agent/v1/envelopes.proto\"\x10\n\x0eGetInfoRequest\"\x83\x03\n\x0fGetInfoResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_revision\x18\x02 \x01(\x05\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x16\n\tsprite_id\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x11\n\trepo_path\x18\x06 \x01(\t\x12\r\n\x05loops\x18\x07 \x03(\t\x12\'\n\x06limits\x18\x08 \x01(\x0b\x32\x17.sprite_agent.v1.Limits\x12\x13\n\x0bserver_time\x18\t \x01(\t\x12-\n\x07journal\x18\n \x01(\x0b\x32\x1c.sprite_agent.v1.JournalHead\x12 \n\x13trusted_keys_digest\x18\x0b \x01(\tH\x01\x88\x01\x01\x12-\n\tisolation\x18\x0c \x01(\x0e\x32\x1a.sprite_agent.v1.IsolationB\x0c\n\n_sprite_idB\x16\n\x14_trusted_keys_digest\"9\n\x0bJournalHead\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0c\n\x04head\x18\x03 \x01(\t\"*\n\x07\x46inding\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xd4\x02\n\x06Limits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x03\x12\x18\n\x10max_record_bytes\x18\x02 \x01(\x03\x12\x18\n\x10max_batch_events\x18\x03 \x01(\x03\x12\x1b\n\x13max_note_characters\x18\x04 \x01(\x03\x12\x37\n\x14max_control_deadline\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0emax_stream_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15idempotency_retention\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1e\n\x16max_streams_per_caller\x18\x08 \x01(\x03\x12\x18\n\x10max_control_rate\x18\t \x01(\x03\"i\n\x12GetSnapshotRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\x15\n\x08trace_id\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06run_id\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x0b\n\t_trace_idB\t\n\x07_run_id\"\xbb\x01\n\x13GetSnapshotResponse\x12\x33\n\x08snapshot\x18\x01 \x01(\x0b\x32!.sprite_agent.v1.SnapshotEnvelope\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\x12-\n\x07journal\x18\x03 \x01(\x0b\x32\x1c.sprite_agent.v1.JournalHead\x12*\n\x08\x66indings\x18\x04 \x03(\x0b\x32\x18.sprite_agent.v1.Finding\"\xfe\x01\n\x13StreamEventsRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\x1b\n\x11\x65vent_line_offset\x18\x02 \x01(\x03H\x00\x12\x16\n\x0cresume_token\x18\x03 \x01(\tH\x00\x12\x12\n\nmax_events\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\x12\x16\n\x0eskip_malformed\x18\x06 \x01(\x08\x12\x35\n\x12heartbeat_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08trace_id\x18\x08 \x01(\tH\x01\x88\x01\x01\x42\n\n\x08positionB\x0b\n\t_trace_id\"\x8c\x02\n\x14StreamEventsResponse\x12.\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1e.sprite_agent.v1.EventEnvelope\x12\'\n\x06\x63ursor\x18\x02 \x01(\x0b\x32\x17.sprite_agent.v1.Cursor\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\x12\x11\n\tcaught_up\x18\x04 \x01(\x08\x12/\n\x07skipped\x18\x05 \x03(\x0b\x32\x1e.sprite_agent.v1.SkippedRecord\x12\x12\n\nemitted_at\x18\x06 \x01(\t\x12-\n\x07journal\x18\x07 \x01(\x0b\x32\x1c.sprite_agent.v1.JournalHead\"{\n\rSkippedRecord\x12\x12\n\nfirst_line\x18\x01 \x01(\x03\x12\x11\n\tlast_line\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07\x65xcerpt\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06sha256\x18\x06 \x01(\t\"\x87\x04\n\x15\x45xecuteControlRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\'\n\x06intent\x18\x02 \x01(\x0e\x32\x17.sprite_agent.v1.Intent\x12\x14\n\x0crequested_by\x18\x03 \x01(\t\x12\x11\n\x04note\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12:\n\x0c\x63onfirmation\x18\x06 \x01(\x0b\x32$.sprite_agent.v1.ControlConfirmation\x12\x15\n\x08trace_id\x18\x07 \x01(\tH\x01\x88\x01\x01\x12/\n\nprovenance\x18\x08 \x01(\x0b\x32\x1b.sprite_agent.v1.Provenance\x12\x1c\n\x0f\x65xpected_run_id\x18\t \x01(\tH\x02\x88\x01\x01\x12\x1f\n\x12\x65xpected_iteration\x18\n \x01(\x03H\x03\x88\x01\x01\x12%\n\x18\x65xpected_approval_digest\x18\x0b \x01(\tH\x04\x88\x01\x01\x12\x19\n\x0crequested_at\x18\x0c \x01(\tH\x05\x88\x01\x01\x42\x07\n\x05_noteB\x0b\n\t_trace_idB\x12\n\x10_expected_run_idB\x15\n\x13_expected_iterationB\x1b\n\x19_expected_approval_digestB\x0f\n\r_requested_at\"w\n\x16\x45xecuteControlResponse\x12.\n\x06result\x18\x01 \x01(\x0b\x32\x1e.sprite_agent.v1.ControlResult\x12-\n\x07journal\x18\x02 \x01(\x0b\x32\x1c.sprite_agent.v1.JournalHead\"=\n\x11GetControlRequest\x12\x0f\n\x07loop_id\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"s\n\x12GetControlResponse\x12.\n\x06result\x18\x01 \x01(\x0b\x32\x1e.sprite_agent.v1.ControlResult\x12-\n\x07journal\x18\x02 \x01(\x0b\x32\x1c.sprite_agent.v1.JournalHead*Y\n\tIsolation\x12\x19\n\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x19\n\x15ISOLATION_SHARED_USER\x10\x01\x12\x16\n\x12ISOLATION_OWN_USER\x10\x02\x32\xd5\x03\n\x12SpriteAgentService\x12L\n\x07GetInfo\x12\x1f.sprite_agent.v1.GetInfoRequest\x1a .sprite_agent.v1.GetInfoResponse\x12X\n\x0bGetSnapshot\x12#.sprite_agent.v1.GetSnapshotRequest\x1a$.sprite_agent.v1.GetSnapshotResponse\x12]\n\x0cStreamEvents\x12$.sprite_agent.v1.StreamEventsRequest\x1a%.sprite_agent.v1.StreamEventsResponse0\x01\x12\x61\n\x0e\x45xecuteControl\x12&.sprite_agent.v1.ExecuteControlRequest\x1a\'.sprite_agent.v1.ExecuteControlResponse\x12U\n\nGetControl\x12\".sprite_agent.v1.GetControlRequest\x1a#.sprite_agent.v1.GetControlResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sprite_agent.v1.service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ISOLATION']._serialized_start=2773
+  _globals['_ISOLATION']._serialized_end=2862
   _globals['_GETINFOREQUEST']._serialized_start=146
   _globals['_GETINFOREQUEST']._serialized_end=162
   _globals['_GETINFORESPONSE']._serialized_start=165
-  _globals['_GETINFORESPONSE']._serialized_end=400
-  _globals['_LIMITS']._serialized_start=403
-  _globals['_LIMITS']._serialized_end=685
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=687
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=792
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=794
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=890
-  _globals['_STREAMEVENTSREQUEST']._serialized_start=893
-  _globals['_STREAMEVENTSREQUEST']._serialized_end=1147
-  _globals['_STREAMEVENTSRESPONSE']._serialized_start=1150
-  _globals['_STREAMEVENTSRESPONSE']._serialized_end=1371
-  _globals['_SKIPPEDRECORD']._serialized_start=1373
-  _globals['_SKIPPEDRECORD']._serialized_end=1496
-  _globals['_EXECUTECONTROLREQUEST']._serialized_start=1499
-  _globals['_EXECUTECONTROLREQUEST']._serialized_end=1974
-  _globals['_EXECUTECONTROLRESPONSE']._serialized_start=1976
-  _globals['_EXECUTECONTROLRESPONSE']._serialized_end=2048
-  _globals['_GETCONTROLREQUEST']._serialized_start=2050
-  _globals['_GETCONTROLREQUEST']._serialized_end=2111
-  _globals['_GETCONTROLRESPONSE']._serialized_start=2113
-  _globals['_GETCONTROLRESPONSE']._serialized_end=2181
-  _globals['_SPRITEAGENTSERVICE']._serialized_start=2184
-  _globals['_SPRITEAGENTSERVICE']._serialized_end=2653
+  _globals['_GETINFORESPONSE']._serialized_end=552
+  _globals['_JOURNALHEAD']._serialized_start=554
+  _globals['_JOURNALHEAD']._serialized_end=611
+  _globals['_FINDING']._serialized_start=613
+  _globals['_FINDING']._serialized_end=655
+  _globals['_LIMITS']._serialized_start=658
+  _globals['_LIMITS']._serialized_end=998
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=1000
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=1105
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1108
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1295
+  _globals['_STREAMEVENTSREQUEST']._serialized_start=1298
+  _globals['_STREAMEVENTSREQUEST']._serialized_end=1552
+  _globals['_STREAMEVENTSRESPONSE']._serialized_start=1555
+  _globals['_STREAMEVENTSRESPONSE']._serialized_end=1823
+  _globals['_SKIPPEDRECORD']._serialized_start=1825
+  _globals['_SKIPPEDRECORD']._serialized_end=1948
+  _globals['_EXECUTECONTROLREQUEST']._serialized_start=1951
+  _globals['_EXECUTECONTROLREQUEST']._serialized_end=2470
+  _globals['_EXECUTECONTROLRESPONSE']._serialized_start=2472
+  _globals['_EXECUTECONTROLRESPONSE']._serialized_end=2591
+  _globals['_GETCONTROLREQUEST']._serialized_start=2593
+  _globals['_GETCONTROLREQUEST']._serialized_end=2654
+  _globals['_GETCONTROLRESPONSE']._serialized_start=2656
+  _globals['_GETCONTROLRESPONSE']._serialized_end=2771
+  _globals['_SPRITEAGENTSERVICE']._serialized_start=2865
+  _globals['_SPRITEAGENTSERVICE']._serialized_end=3334
 # @@protoc_insertion_point(module_scope)

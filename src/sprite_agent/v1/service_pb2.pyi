@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from sprite_agent.v1 import control_pb2 as _control_pb2
 from sprite_agent.v1 import envelopes_pb2 as _envelopes_pb2
 import builtins as _builtins
@@ -20,6 +21,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Isolation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _IsolationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Isolation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ISOLATION_UNSPECIFIED: _Isolation.ValueType  # 0
+    """Not said."""
+    ISOLATION_SHARED_USER: _Isolation.ValueType  # 1
+    """As the agent's own user: sandbox code can reach whatever the agent can."""
+    ISOLATION_OWN_USER: _Isolation.ValueType  # 2
+    """As a user of its own, without capabilities."""
+
+class Isolation(_Isolation, metaclass=_IsolationEnumTypeWrapper):
+    """Who the runtime's command runs as."""
+
+ISOLATION_UNSPECIFIED: Isolation.ValueType  # 0
+"""Not said."""
+ISOLATION_SHARED_USER: Isolation.ValueType  # 1
+"""As the agent's own user: sandbox code can reach whatever the agent can."""
+ISOLATION_OWN_USER: Isolation.ValueType  # 2
+"""As a user of its own, without capabilities."""
+Global___Isolation: _TypeAlias = Isolation  # noqa: Y015
 
 @_typing.final
 class GetInfoRequest(_message.Message):
@@ -53,6 +78,9 @@ class GetInfoResponse(_message.Message):
     LOOPS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SERVER_TIME_FIELD_NUMBER: _builtins.int
+    JOURNAL_FIELD_NUMBER: _builtins.int
+    TRUSTED_KEYS_DIGEST_FIELD_NUMBER: _builtins.int
+    ISOLATION_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     """Version of the agent, for example "0.1.0"."""
     api_revision: _builtins.int
@@ -65,6 +93,12 @@ class GetInfoResponse(_message.Message):
     """Absolute path of the repo served."""
     server_time: _builtins.str
     """The agent's clock: RFC 3339, UTC, whole seconds."""
+    trusted_keys_digest: _builtins.str
+    """SHA-256 of the trusted keys in force, lower-case hex; unset: none are configured."""
+    isolation: Global___Isolation.ValueType
+    """Whether the runtime's command runs as another user than the agent: only then is the
+    journal out of the reach of sandbox code.
+    """
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What this agent can do beyond revision 1, by name."""
@@ -76,6 +110,10 @@ class GetInfoResponse(_message.Message):
     @_builtins.property
     def limits(self) -> Global___Limits:
         """What the agent refuses to exceed."""
+
+    @_builtins.property
+    def journal(self) -> Global___JournalHead:
+        """How far the journal has got; unset: there is none yet, or it can't be read."""
 
     def __init__(
         self,
@@ -89,16 +127,84 @@ class GetInfoResponse(_message.Message):
         loops: _abc.Iterable[_builtins.str] | None = ...,
         limits: Global___Limits | None = ...,
         server_time: _builtins.str = ...,
+        journal: Global___JournalHead | None = ...,
+        trusted_keys_digest: _builtins.str | None = ...,
+        isolation: Global___Isolation.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_sprite_id", b"_sprite_id", "limits", b"limits", "sprite_id", b"sprite_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sprite_id", b"_sprite_id", "_trusted_keys_digest", b"_trusted_keys_digest", "journal", b"journal", "limits", b"limits", "sprite_id", b"sprite_id", "trusted_keys_digest", b"trusted_keys_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sprite_id", b"_sprite_id", "agent_version", b"agent_version", "api_revision", b"api_revision", "features", b"features", "instance_id", b"instance_id", "limits", b"limits", "loops", b"loops", "repo_path", b"repo_path", "server_time", b"server_time", "sprite_id", b"sprite_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sprite_id", b"_sprite_id", "_trusted_keys_digest", b"_trusted_keys_digest", "agent_version", b"agent_version", "api_revision", b"api_revision", "features", b"features", "instance_id", b"instance_id", "isolation", b"isolation", "journal", b"journal", "limits", b"limits", "loops", b"loops", "repo_path", b"repo_path", "server_time", b"server_time", "sprite_id", b"sprite_id", "trusted_keys_digest", b"trusted_keys_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__sprite_id: _TypeAlias = _typing.Literal["sprite_id"]  # noqa: Y015
     _WhichOneofArgType__sprite_id: _TypeAlias = _typing.Literal["_sprite_id", b"_sprite_id"]  # noqa: Y015
+    _WhichOneofReturnType__trusted_keys_digest: _TypeAlias = _typing.Literal["trusted_keys_digest"]  # noqa: Y015
+    _WhichOneofArgType__trusted_keys_digest: _TypeAlias = _typing.Literal["_trusted_keys_digest", b"_trusted_keys_digest"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sprite_id) -> _WhichOneofReturnType__sprite_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trusted_keys_digest) -> _WhichOneofReturnType__trusted_keys_digest | None: ...
 
 Global___GetInfoResponse: _TypeAlias = GetInfoResponse  # noqa: Y015
+
+@_typing.final
+class JournalHead(_message.Message):
+    """How far the agent's journal has got. It only ever goes forward: a smaller sequence, or
+    another head at the same sequence, means that the agent's disk was rolled back.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The journal: a new one has a new id."""
+    sequence: _builtins.int
+    """Number of the last audit entry, rising by one with each."""
+    head: _builtins.str
+    """Hash of the last audit entry, which covers all before it: SHA-256, lower-case hex."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        head: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "id", b"id", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JournalHead: _TypeAlias = JournalHead  # noqa: Y015
+
+@_typing.final
+class Finding(_message.Message):
+    """Something an operator should look into, which no envelope says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Its name: APPROVAL_UNATTRIBUTED, an approval request was decided, and not through
+    this agent.
+    """
+    message: _builtins.str
+    """The same in one sentence, with the values."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
@@ -113,6 +219,8 @@ class Limits(_message.Message):
     MAX_CONTROL_DEADLINE_FIELD_NUMBER: _builtins.int
     MAX_STREAM_AGE_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_RETENTION_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MAX_CONTROL_RATE_FIELD_NUMBER: _builtins.int
     max_request_bytes: _builtins.int
     """Size of a request, in bytes."""
     max_record_bytes: _builtins.int
@@ -121,6 +229,12 @@ class Limits(_message.Message):
     """Events in one response."""
     max_note_characters: _builtins.int
     """Length of a note, in characters."""
+    max_streams_per_caller: _builtins.int
+    """Streams that one caller may have open; more are refused (STREAM_LIMIT)."""
+    max_control_rate: _builtins.int
+    """Control calls a second that one caller may go on making; four seconds' worth may come
+    at once, more are refused (RATE_LIMITED).
+    """
     @_builtins.property
     def max_control_deadline(self) -> _duration_pb2.Duration:
         """Longest deadline of ExecuteControl."""
@@ -143,10 +257,12 @@ class Limits(_message.Message):
         max_control_deadline: _duration_pb2.Duration | None = ...,
         max_stream_age: _duration_pb2.Duration | None = ...,
         idempotency_retention: _duration_pb2.Duration | None = ...,
+        max_streams_per_caller: _builtins.int = ...,
+        max_control_rate: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["idempotency_retention", b"idempotency_retention", "max_control_deadline", b"max_control_deadline", "max_stream_age", b"max_stream_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_retention", b"idempotency_retention", "max_batch_events", b"max_batch_events", "max_control_deadline", b"max_control_deadline", "max_note_characters", b"max_note_characters", "max_record_bytes", b"max_record_bytes", "max_request_bytes", b"max_request_bytes", "max_stream_age", b"max_stream_age"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_retention", b"idempotency_retention", "max_batch_events", b"max_batch_events", "max_control_deadline", b"max_control_deadline", "max_control_rate", b"max_control_rate", "max_note_characters", b"max_note_characters", "max_record_bytes", b"max_record_bytes", "max_request_bytes", b"max_request_bytes", "max_stream_age", b"max_stream_age", "max_streams_per_caller", b"max_streams_per_caller"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,21 +313,33 @@ class GetSnapshotResponse(_message.Message):
 
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    JOURNAL_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
     """The position in the log that the snapshot is consistent with; opaque."""
     @_builtins.property
     def snapshot(self) -> _envelopes_pb2.SnapshotEnvelope:
         """The envelope."""
 
+    @_builtins.property
+    def journal(self) -> Global___JournalHead:
+        """How far the journal has got; unset: there is none yet, or it can't be read."""
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
+        """What an operator should look into; usually empty."""
+
     def __init__(
         self,
         *,
         snapshot: _envelopes_pb2.SnapshotEnvelope | None = ...,
         resume_token: _builtins.str = ...,
+        journal: Global___JournalHead | None = ...,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["journal", b"journal", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume_token", b"resume_token", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "journal", b"journal", "resume_token", b"resume_token", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,8 +362,8 @@ class StreamEventsRequest(_message.Message):
     loop_id: _builtins.str
     """The loop: [A-Za-z0-9][A-Za-z0-9._-]{0,63}, no ".."."""
     event_line_offset: _builtins.int
-    """After this line (so 0: at the first). The log is read from its start to find it,
-    and nothing tells whether it is still the same log.
+    """After this line (so 0: at the first). Nothing tells whether it is still the same
+    log.
     """
     resume_token: _builtins.str
     """After what this token covers; from a response of this or another stream, or a
@@ -292,6 +420,7 @@ class StreamEventsResponse(_message.Message):
     CAUGHT_UP_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
     EMITTED_AT_FIELD_NUMBER: _builtins.int
+    JOURNAL_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
     """Where to resume after everything sent so far, skipped records included; opaque.
     Replace a kept token as a whole.
@@ -309,12 +438,19 @@ class StreamEventsResponse(_message.Message):
     @_builtins.property
     def cursor(self) -> _envelopes_pb2.Cursor:
         """event_line_offset: the line of the last event sent, on this stream or before its
-        position. event_line_count: the log's end when this batch was read.
+        position. event_line_count: the log's end when this batch was read; of a very large
+        log that is being read for the first time, the end of what was read of it.
         """
 
     @_builtins.property
     def skipped(self) -> _containers.RepeatedCompositeFieldContainer[Global___SkippedRecord]:
         """Malformed records passed over since the last response; only with skip_malformed."""
+
+    @_builtins.property
+    def journal(self) -> Global___JournalHead:
+        """How far the journal has got, as known a second ago at most; unset: there is none
+        yet, or it can't be read.
+        """
 
     def __init__(
         self,
@@ -325,10 +461,11 @@ class StreamEventsResponse(_message.Message):
         caught_up: _builtins.bool = ...,
         skipped: _abc.Iterable[Global___SkippedRecord] | None = ...,
         emitted_at: _builtins.str = ...,
+        journal: Global___JournalHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "journal", b"journal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "cursor", b"cursor", "emitted_at", b"emitted_at", "events", b"events", "resume_token", b"resume_token", "skipped", b"skipped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "cursor", b"cursor", "emitted_at", b"emitted_at", "events", b"events", "journal", b"journal", "resume_token", b"resume_token", "skipped", b"skipped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +530,7 @@ class ExecuteControlRequest(_message.Message):
     EXPECTED_RUN_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_ITERATION_FIELD_NUMBER: _builtins.int
     EXPECTED_APPROVAL_DIGEST_FIELD_NUMBER: _builtins.int
+    REQUESTED_AT_FIELD_NUMBER: _builtins.int
     loop_id: _builtins.str
     """The loop: [A-Za-z0-9][A-Za-z0-9._-]{0,63}, no ".."."""
     intent: _control_pb2.Intent.ValueType
@@ -412,6 +550,11 @@ class ExecuteControlRequest(_message.Message):
     expected_approval_digest: _builtins.str
     """Refuse (APPROVAL_CHANGED) unless approval.json is what the operator was shown: its
     SHA-256, lower-case hex; unset: any.
+    """
+    requested_at: _builtins.str
+    """When the request was made: RFC 3339. One made more than 24 h ago is refused
+    (REQUEST_TOO_OLD), so that none can be run again after its key was forgotten; unset:
+    now.
     """
     @_builtins.property
     def confirmation(self) -> _control_pb2.ControlConfirmation:
@@ -435,10 +578,11 @@ class ExecuteControlRequest(_message.Message):
         expected_run_id: _builtins.str | None = ...,
         expected_iteration: _builtins.int | None = ...,
         expected_approval_digest: _builtins.str | None = ...,
+        requested_at: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_approval_digest", b"_expected_approval_digest", "_expected_iteration", b"_expected_iteration", "_expected_run_id", b"_expected_run_id", "_note", b"_note", "_trace_id", b"_trace_id", "confirmation", b"confirmation", "expected_approval_digest", b"expected_approval_digest", "expected_iteration", b"expected_iteration", "expected_run_id", b"expected_run_id", "note", b"note", "provenance", b"provenance", "trace_id", b"trace_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_approval_digest", b"_expected_approval_digest", "_expected_iteration", b"_expected_iteration", "_expected_run_id", b"_expected_run_id", "_note", b"_note", "_requested_at", b"_requested_at", "_trace_id", b"_trace_id", "confirmation", b"confirmation", "expected_approval_digest", b"expected_approval_digest", "expected_iteration", b"expected_iteration", "expected_run_id", b"expected_run_id", "note", b"note", "provenance", b"provenance", "requested_at", b"requested_at", "trace_id", b"trace_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_approval_digest", b"_expected_approval_digest", "_expected_iteration", b"_expected_iteration", "_expected_run_id", b"_expected_run_id", "_note", b"_note", "_trace_id", b"_trace_id", "confirmation", b"confirmation", "expected_approval_digest", b"expected_approval_digest", "expected_iteration", b"expected_iteration", "expected_run_id", b"expected_run_id", "idempotency_key", b"idempotency_key", "intent", b"intent", "loop_id", b"loop_id", "note", b"note", "provenance", b"provenance", "requested_by", b"requested_by", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_approval_digest", b"_expected_approval_digest", "_expected_iteration", b"_expected_iteration", "_expected_run_id", b"_expected_run_id", "_note", b"_note", "_requested_at", b"_requested_at", "_trace_id", b"_trace_id", "confirmation", b"confirmation", "expected_approval_digest", b"expected_approval_digest", "expected_iteration", b"expected_iteration", "expected_run_id", b"expected_run_id", "idempotency_key", b"idempotency_key", "intent", b"intent", "loop_id", b"loop_id", "note", b"note", "provenance", b"provenance", "requested_at", b"requested_at", "requested_by", b"requested_by", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_approval_digest: _TypeAlias = _typing.Literal["expected_approval_digest"]  # noqa: Y015
     _WhichOneofArgType__expected_approval_digest: _TypeAlias = _typing.Literal["_expected_approval_digest", b"_expected_approval_digest"]  # noqa: Y015
@@ -448,6 +592,8 @@ class ExecuteControlRequest(_message.Message):
     _WhichOneofArgType__expected_run_id: _TypeAlias = _typing.Literal["_expected_run_id", b"_expected_run_id"]  # noqa: Y015
     _WhichOneofReturnType__note: _TypeAlias = _typing.Literal["note"]  # noqa: Y015
     _WhichOneofArgType__note: _TypeAlias = _typing.Literal["_note", b"_note"]  # noqa: Y015
+    _WhichOneofReturnType__requested_at: _TypeAlias = _typing.Literal["requested_at"]  # noqa: Y015
+    _WhichOneofArgType__requested_at: _TypeAlias = _typing.Literal["_requested_at", b"_requested_at"]  # noqa: Y015
     _WhichOneofReturnType__trace_id: _TypeAlias = _typing.Literal["trace_id"]  # noqa: Y015
     _WhichOneofArgType__trace_id: _TypeAlias = _typing.Literal["_trace_id", b"_trace_id"]  # noqa: Y015
     @_typing.overload
@@ -458,6 +604,8 @@ class ExecuteControlRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_run_id) -> _WhichOneofReturnType__expected_run_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__note) -> _WhichOneofReturnType__note | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requested_at) -> _WhichOneofReturnType__requested_at | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trace_id) -> _WhichOneofReturnType__trace_id | None: ...
 
@@ -470,18 +618,24 @@ class ExecuteControlResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULT_FIELD_NUMBER: _builtins.int
+    JOURNAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def result(self) -> _control_pb2.ControlResult:
         """The result."""
+
+    @_builtins.property
+    def journal(self) -> Global___JournalHead:
+        """How far the journal has got."""
 
     def __init__(
         self,
         *,
         result: _control_pb2.ControlResult | None = ...,
+        journal: Global___JournalHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["journal", b"journal", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["journal", b"journal", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -520,18 +674,24 @@ class GetControlResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULT_FIELD_NUMBER: _builtins.int
+    JOURNAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def result(self) -> _control_pb2.ControlResult:
         """The result so far; look at its state."""
+
+    @_builtins.property
+    def journal(self) -> Global___JournalHead:
+        """How far the journal has got."""
 
     def __init__(
         self,
         *,
         result: _control_pb2.ControlResult | None = ...,
+        journal: Global___JournalHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["journal", b"journal", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["journal", b"journal", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,7 @@ import warnings
 
 from sprite_agent.v1 import service_pb2 as sprite__agent_dot_v1_dot_service__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.83.2'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -101,7 +101,8 @@ class SpriteAgentServiceServicer:
         NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
         DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
         re-reading a file that was being rewritten. A torn last line of the log is not a
-        line yet and no error.
+        line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
+        being read for the first time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,9 +123,14 @@ class SpriteAgentServiceServicer:
         Only complete lines are events. A malformed record ends the stream with DATA_LOSS
         (EVENT_MALFORMED) after everything before it was sent, or is reported in skipped
         when skip_malformed is set. A position beyond the log: OUT_OF_RANGE
-        (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to:
-        ABORTED (LOG_REPLACED, LOG_TRUNCATED). A draining agent and a stream that has
-        reached its maximum age end with OK after a last response: resume from there.
+        (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to, whether
+        it is found when the stream begins or while it lasts: ABORTED (LOG_REPLACED: it begins
+        otherwise; LOG_TRUNCATED: it is shorter than the position), DATA_LOSS
+        (HISTORY_REWRITTEN: it begins as before, but what was read reads otherwise now). One
+        that is gone while it is followed: NOT_FOUND (EVENTS_NOT_FOUND). A caller that has as many streams as it may:
+        RESOURCE_EXHAUSTED (STREAM_LIMIT), with the time after which to try again. A draining
+        agent and a stream that has reached its maximum age end with OK after a last response:
+        resume from there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,7 +148,10 @@ class SpriteAgentServiceServicer:
 
         A deadline of at most 120 s is required (INVALID_ARGUMENT, DEADLINE_INVALID). Refused
         with FAILED_PRECONDITION, and nothing run: RUN_MISMATCH, ITERATION_MISMATCH,
-        APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, RUNTIME_MISSING.
+        APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, REQUEST_TOO_OLD,
+        RUNTIME_MISSING, RUNTIME_UNTRUSTED, JOURNAL_CORRUPT. With UNAVAILABLE, nothing run, try
+        the same again: CONTROL_BUSY, STARTING, DRAINING, JOURNAL_UNAVAILABLE, NOT_EXECUTED.
+        With RESOURCE_EXHAUSTED likewise, after the time that comes with it: RATE_LIMITED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,8 @@ class SpriteAgentServiceStub:
     NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
     DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
     re-reading a file that was being rewritten. A torn last line of the log is not a
-    line yet and no error.
+    line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
+    being read for the first time.
     """
     StreamEvents: _grpc.UnaryStreamMultiCallable[_service_pb2.StreamEventsRequest, _service_pb2.StreamEventsResponse]
     """Streams the events after a position in batches, to the end of the log or beyond it.
@@ -71,9 +72,14 @@ class SpriteAgentServiceStub:
     Only complete lines are events. A malformed record ends the stream with DATA_LOSS
     (EVENT_MALFORMED) after everything before it was sent, or is reported in skipped
     when skip_malformed is set. A position beyond the log: OUT_OF_RANGE
-    (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to:
-    ABORTED (LOG_REPLACED, LOG_TRUNCATED). A draining agent and a stream that has
-    reached its maximum age end with OK after a last response: resume from there.
+    (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to, whether
+    it is found when the stream begins or while it lasts: ABORTED (LOG_REPLACED: it begins
+    otherwise; LOG_TRUNCATED: it is shorter than the position), DATA_LOSS
+    (HISTORY_REWRITTEN: it begins as before, but what was read reads otherwise now). One
+    that is gone while it is followed: NOT_FOUND (EVENTS_NOT_FOUND). A caller that has as many streams as it may:
+    RESOURCE_EXHAUSTED (STREAM_LIMIT), with the time after which to try again. A draining
+    agent and a stream that has reached its maximum age end with OK after a last response:
+    resume from there.
     """
     ExecuteControl: _grpc.UnaryUnaryMultiCallable[_service_pb2.ExecuteControlRequest, _service_pb2.ExecuteControlResponse]
     """Runs one intent, at most once for its idempotency key.
@@ -87,7 +93,10 @@ class SpriteAgentServiceStub:
 
     A deadline of at most 120 s is required (INVALID_ARGUMENT, DEADLINE_INVALID). Refused
     with FAILED_PRECONDITION, and nothing run: RUN_MISMATCH, ITERATION_MISMATCH,
-    APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, RUNTIME_MISSING.
+    APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, REQUEST_TOO_OLD,
+    RUNTIME_MISSING, RUNTIME_UNTRUSTED, JOURNAL_CORRUPT. With UNAVAILABLE, nothing run, try
+    the same again: CONTROL_BUSY, STARTING, DRAINING, JOURNAL_UNAVAILABLE, NOT_EXECUTED.
+    With RESOURCE_EXHAUSTED likewise, after the time that comes with it: RATE_LIMITED.
     """
     GetControl: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetControlRequest, _service_pb2.GetControlResponse]
     """Looks up what became of an idempotency key. Runs nothing. NOT_FOUND
@@ -120,7 +129,8 @@ class SpriteAgentServiceAsyncStub(SpriteAgentServiceStub):
     NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
     DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
     re-reading a file that was being rewritten. A torn last line of the log is not a
-    line yet and no error.
+    line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
+    being read for the first time.
     """
     StreamEvents: _aio.UnaryStreamMultiCallable[_service_pb2.StreamEventsRequest, _service_pb2.StreamEventsResponse]  # type: ignore[assignment]
     """Streams the events after a position in batches, to the end of the log or beyond it.
@@ -137,9 +147,14 @@ class SpriteAgentServiceAsyncStub(SpriteAgentServiceStub):
     Only complete lines are events. A malformed record ends the stream with DATA_LOSS
     (EVENT_MALFORMED) after everything before it was sent, or is reported in skipped
     when skip_malformed is set. A position beyond the log: OUT_OF_RANGE
-    (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to:
-    ABORTED (LOG_REPLACED, LOG_TRUNCATED). A draining agent and a stream that has
-    reached its maximum age end with OK after a last response: resume from there.
+    (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to, whether
+    it is found when the stream begins or while it lasts: ABORTED (LOG_REPLACED: it begins
+    otherwise; LOG_TRUNCATED: it is shorter than the position), DATA_LOSS
+    (HISTORY_REWRITTEN: it begins as before, but what was read reads otherwise now). One
+    that is gone while it is followed: NOT_FOUND (EVENTS_NOT_FOUND). A caller that has as many streams as it may:
+    RESOURCE_EXHAUSTED (STREAM_LIMIT), with the time after which to try again. A draining
+    agent and a stream that has reached its maximum age end with OK after a last response:
+    resume from there.
     """
     ExecuteControl: _aio.UnaryUnaryMultiCallable[_service_pb2.ExecuteControlRequest, _service_pb2.ExecuteControlResponse]  # type: ignore[assignment]
     """Runs one intent, at most once for its idempotency key.
@@ -153,7 +168,10 @@ class SpriteAgentServiceAsyncStub(SpriteAgentServiceStub):
 
     A deadline of at most 120 s is required (INVALID_ARGUMENT, DEADLINE_INVALID). Refused
     with FAILED_PRECONDITION, and nothing run: RUN_MISMATCH, ITERATION_MISMATCH,
-    APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, RUNTIME_MISSING.
+    APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, REQUEST_TOO_OLD,
+    RUNTIME_MISSING, RUNTIME_UNTRUSTED, JOURNAL_CORRUPT. With UNAVAILABLE, nothing run, try
+    the same again: CONTROL_BUSY, STARTING, DRAINING, JOURNAL_UNAVAILABLE, NOT_EXECUTED.
+    With RESOURCE_EXHAUSTED likewise, after the time that comes with it: RATE_LIMITED.
     """
     GetControl: _aio.UnaryUnaryMultiCallable[_service_pb2.GetControlRequest, _service_pb2.GetControlResponse]  # type: ignore[assignment]
     """Looks up what became of an idempotency key. Runs nothing. NOT_FOUND
@@ -195,7 +213,8 @@ class SpriteAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
         DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
         re-reading a file that was being rewritten. A torn last line of the log is not a
-        line yet and no error.
+        line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
+        being read for the first time.
         """
 
     @_abc_1.abstractmethod
@@ -218,9 +237,14 @@ class SpriteAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         Only complete lines are events. A malformed record ends the stream with DATA_LOSS
         (EVENT_MALFORMED) after everything before it was sent, or is reported in skipped
         when skip_malformed is set. A position beyond the log: OUT_OF_RANGE
-        (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to:
-        ABORTED (LOG_REPLACED, LOG_TRUNCATED). A draining agent and a stream that has
-        reached its maximum age end with OK after a last response: resume from there.
+        (CURSOR_BEYOND_END). A log that is no longer the one the position belongs to, whether
+        it is found when the stream begins or while it lasts: ABORTED (LOG_REPLACED: it begins
+        otherwise; LOG_TRUNCATED: it is shorter than the position), DATA_LOSS
+        (HISTORY_REWRITTEN: it begins as before, but what was read reads otherwise now). One
+        that is gone while it is followed: NOT_FOUND (EVENTS_NOT_FOUND). A caller that has as many streams as it may:
+        RESOURCE_EXHAUSTED (STREAM_LIMIT), with the time after which to try again. A draining
+        agent and a stream that has reached its maximum age end with OK after a last response:
+        resume from there.
         """
 
     @_abc_1.abstractmethod
@@ -240,7 +264,10 @@ class SpriteAgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A deadline of at most 120 s is required (INVALID_ARGUMENT, DEADLINE_INVALID). Refused
         with FAILED_PRECONDITION, and nothing run: RUN_MISMATCH, ITERATION_MISMATCH,
-        APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, RUNTIME_MISSING.
+        APPROVAL_NOT_PENDING, APPROVAL_CHANGED, LOOP_NOT_ACTIVE, REQUEST_TOO_OLD,
+        RUNTIME_MISSING, RUNTIME_UNTRUSTED, JOURNAL_CORRUPT. With UNAVAILABLE, nothing run, try
+        the same again: CONTROL_BUSY, STARTING, DRAINING, JOURNAL_UNAVAILABLE, NOT_EXECUTED.
+        With RESOURCE_EXHAUSTED likewise, after the time that comes with it: RATE_LIMITED.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,37 @@
+"""Whose an approval decision is: one without our mark, or with a mark of something else, was not made through us."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sprite_agent.contract.agent_state import APPROVAL_UNATTRIBUTED, Finding
+from sprite_agent.contract.json_text import member
+from sprite_agent.control.evidence import baseline_from, decided_by, subject_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sprite_agent.control.journal_rows import Entry
+
+_INTENTS = {"approved": "approve", "rejected": "reject"}
+
+
+def find_unattributed(loop_id: str, approval: Any, find_execution: Callable[[str], Entry | None]) -> Finding | None:
+    """The finding that an approval request was decided by somebody else; None: it was not.
+
+    Args:
+        loop_id: the loop.
+        approval: content of its approval.json.
+        find_execution: the journal's row of an execution, by the id that a mark ends with.
+    """
+    status = member(approval, "status")
+    if not isinstance(status, str) or status not in _INTENTS:
+        return None
+    by = decided_by(approval)
+    entry = find_execution(by.rpartition("#")[2]) if by else None
+    if entry is not None and entry.result["loopId"] == loop_id and entry.result["intent"] == _INTENTS[status]:
+        ours = f"--by\0{by}" in "\0".join(entry.result["command"])
+        if ours and baseline_from(entry.origin.baseline).evidence.subject == subject_of(approval):
+            return None
+    message = f"the approval request of loop {loop_id} was {status} by {by!r}, and not through this agent"
+    return Finding(APPROVAL_UNATTRIBUTED, message)

@@ -1,0 +1,182 @@
+"""Executions: commands run by an executor process that outlives the agent, and what they leave behind.
+
+Each has a folder of its own in the state folder, from which its outcome can be told
+whoever was killed meanwhile; see `executor.py` for the files in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from sprite_agent.control import executor, failpoints
+from sprite_agent.control.command import build_environment
+from sprite_agent.control.processes import is_alive, name_from_stat, pid_of
+from sprite_agent.errors import NotExecuted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from sprite_agent.control.command import User
+
+COMMAND_TIMEOUT = 30.0
+"""Seconds a command may run; a cancel takes up to about 12."""
+MAX_OUTPUT_BYTES = 8 * 1024
+
+EXECUTOR = (sys.executable, "-I", "-S", executor.__file__)
+"""Isolated and without site-packages: it starts in milliseconds, and nobody's modules get into it."""
+
+_RECORDING = 5.0
+"""Seconds an executor may take beyond its command's time, to start and to record."""
+_POLL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandOutcome:
+    """How a command ended."""
+
+    exit_code: int | None
+    """Negative: ended by that signal; None: it could not be started."""
+    timed_out: bool
+    output: str
+    """The end of what it printed, both streams."""
+
+
+class Executions:
+    """The executions of one repo. Lives as long as its engine; any thread may call."""
+
+    def __init__(self, folder: Path, *, user: User | None = None, timeout: float = COMMAND_TIMEOUT) -> None:
+        """Makes nothing yet.
+
+        Args:
+            folder: where their folders are.
+            user: whom the commands run as.
+            timeout: seconds after which a command's session is killed.
+        """
+        self._folder = folder
+        self._user = user
+        self._timeout = timeout
+
+    def run(self, execution_id: str, command: list[str], lane: int) -> CommandOutcome | None:
+        """Runs a command to its end; None: its executor was killed, and how it ended is not known.
+
+        The command's row must be committed.
+
+        Args:
+            execution_id: names its folder.
+            command: the argument vector.
+            lane: descriptor of the lock that executor and command go on holding if this process is killed.
+
+        Raises:
+            NotExecuted: it was not, and won't be.
+        """
+        try:
+            place = self._make(execution_id, command)
+            failpoints.hit("prepared")
+            reading, gate = os.pipe2(os.O_CLOEXEC)
+            try:
+                process = self._spawn(place, reading, lane)
+                failpoints.hit("spawned")
+                os.write(gate, executor.OPEN)
+            finally:
+                os.close(reading)
+                os.close(gate)
+        except OSError as error:
+            raise NotExecuted(f"the command could not be started: {error.strerror}", retry_after=1.0) from error
+        failpoints.hit("released")
+        until = time.monotonic() + self._timeout
+        try:
+            process.wait(self._timeout + _RECORDING)
+        except subprocess.TimeoutExpired:
+            process.kill()  # it is stuck: its command is ended below
+            process.wait()
+        outcome = self.outcome(execution_id)
+        if outcome is None:
+            # A folder that is gone tells nothing: only an executor that says so, or one without its mark, ran nothing.
+            unmarked = place.is_dir() and not self.was_started(execution_id)
+            if process.returncode == executor.NEVER_RUN or unmarked:
+                raise NotExecuted("the command's executor ended before it began; try again", retry_after=1.0)
+            self.end_orphan(execution_id, within=until - time.monotonic())
+        return outcome
+
+    def outcome(self, execution_id: str) -> CommandOutcome | None:
+        """How a command ended, as its executor has recorded; None: it has not."""
+        try:
+            found = json.loads((self._folder / execution_id / executor.RESULT).read_bytes())
+        except (OSError, ValueError):
+            return None  # what can't be read is not known
+        return CommandOutcome(exit_code=found["exitCode"], timed_out=found["timedOut"], output=found["output"])
+
+    def was_started(self, execution_id: str) -> bool:
+        """Whether the command was started, or may have been: on this boot of the machine the mark tells."""
+        return (self._folder / execution_id / executor.STARTED).exists()
+
+    def end_orphan(self, execution_id: str, *, within: float) -> None:
+        """Ends a command whose executor is gone: after `within` seconds its session is killed, if it still lives."""
+        place = self._folder / execution_id
+        try:
+            name = name_from_stat((place / executor.PROCESS).read_text())
+        except OSError:
+            return
+        until = time.monotonic() + within
+        while name is not None and is_alive(name):
+            if time.monotonic() >= until:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid_of(name), signal.SIGKILL)
+            time.sleep(_POLL)
+
+    def forget(self, execution_id: str) -> None:
+        """Removes what an execution has left; its outcome is in the journal."""
+        shutil.rmtree(self._folder / execution_id, ignore_errors=True)
+
+    def forget_all_but(self, kept: Iterable[str]) -> None:
+        """Removes what executions have left that nobody asks for any more."""
+        if self._folder.is_dir():
+            for left in {entry.name for entry in self._folder.iterdir()} - set(kept):
+                self.forget(left)
+
+    def _make(self, execution_id: str, command: list[str]) -> Path:
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        place = self._folder / execution_id
+        place.mkdir(mode=0o700)
+        plan = {
+            "agent": os.getpid(),
+            "command": command,
+            "environment": build_environment(self._user),
+            "timeoutSeconds": self._timeout,
+            "outputBytes": MAX_OUTPUT_BYTES,
+            "user": asdict(self._user) if self._user else None,
+            "umask": 0o022,
+        }
+        (place / executor.PLAN).write_bytes(json.dumps(plan).encode())
+        _sync(self._folder)  # or the mark in it could be lost with the folder
+        return place
+
+    def _spawn(self, place: Path, gate: int, lane: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(  # noqa: S603  # this program's own file
+            [*EXECUTOR, str(place), str(gate), str(lane)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=build_environment(None),
+            start_new_session=True,
+            pass_fds=(gate, lane),
+        )
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

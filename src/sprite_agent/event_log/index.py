@@ -1,0 +1,240 @@
+"""What is known of one loop's log: its end, its digest, its last record, and places to start reading from.
+
+It is kept up to date by reading what is new, in pieces: sandbox code may make a log as
+large, and as costly to read, as it likes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from sprite_agent.errors import CursorBeyondEnd, ResumeTokenInvalid
+from sprite_agent.event_log.pieces import Pace
+from sprite_agent.event_log.records import START, RecordReader
+from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
+from sprite_agent.event_log.resume import Trail, check_beginning, check_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from hashlib import _Hash as Hash
+
+    from sprite_agent.contract.envelopes import ArtifactRef
+    from sprite_agent.event_log.records import Position, Record
+    from sprite_agent.event_log.resume import ResumeToken
+
+_MAX_MARKS = 4096
+"""Beyond it every other one is forgotten, so that the largest log takes about a megabyte."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogView:
+    """What a log was like at one moment."""
+
+    lines: int
+    """Complete lines."""
+    end: int
+    """Bytes up to the last newline: a torn last line is not counted."""
+    last_record: Record | None
+    """The last finished record, not yet judged; None: there is none."""
+    token: ResumeToken
+    """After everything that is finished; before a record whose last lines are not there yet."""
+    ref: ArtifactRef
+    """The file as a whole, a torn last line included."""
+    is_sure: bool
+    """All of it was read again since it last changed; if not, that goes on with further looks."""
+    identity: int
+    """Changes when the file at the path is another one, or no continuation of what was read before."""
+
+
+class Mark(NamedTuple):
+    """A place in a log that was passed."""
+
+    offset: int
+    lines: int
+    """Newlines before it."""
+    digest: Hash
+    """Running SHA-256 of all before it. Not to be updated."""
+    boundary: Position
+    """The last one before it."""
+
+
+class Aim:
+    """What one caller wants to have been read: what the log held when it first looked."""
+
+    identity = 0
+    size = 0
+    passes = 0
+
+
+class LogIndex:
+    """The index of one log. For one thread at a time: its owner locks.
+
+    What was read is compared with what the file holds. With each look: the first and the last 4 KiB. At
+    once: everything, when the file was changed and is not longer than before, so that a rewrite of the
+    same size is told from a mere `touch`. In the background, with a twentieth of a core: everything, after
+    any other change. So a rewrite further up that comes together with new lines is noticed before these
+    are seen where the log is small (a few megabytes) and does not change all the time; else within some
+    twenty times what it takes to read the log, as long as somebody follows it. Without a follower each look
+    does one piece.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._identity = 0
+        self._file: tuple[int, int] | None = None
+        self._forget()
+
+    @property
+    def lines(self) -> int:
+        """Complete lines that were read so far."""
+        return self._records.lines
+
+    def advance(self, log: int, aim: Aim) -> bool:
+        """Goes on for a piece with the file open as `log`; whether everything that `aim` wants was read."""
+        pace = Pace()
+        status = os.fstat(log)
+        file = (status.st_dev, status.st_ino)
+        if file != self._file or not self._trail.is_whole(log):
+            self._begin_anew(file)
+        self._notice(status)
+        if aim.identity != self._identity:
+            aim.identity, aim.size, aim.passes = self._identity, status.st_size, self._rereading.demanded
+        if not self._read(log, aim.size, pace):
+            return False
+        end = (self._trail.end, self._trail.digest.digest())
+        if not self._rereading.go_on(log, Stamp.of(status), self, end, pace):
+            self._begin_anew(file)
+            return False
+        return self._rereading.is_done(aim.passes)
+
+    def view(self, log: int) -> LogView:
+        """What the log open as `log` is like, after `advance` has said that all was read."""
+        ref: ArtifactRef = {
+            "path": self._path,
+            "exists": True,
+            "sizeBytes": self._trail.end,
+            "lineCount": self._records.lines,
+            "sha256": self._trail.digest.hexdigest(),
+            "mtimeEpoch": int(os.fstat(log).st_mtime),
+        }
+        return LogView(
+            lines=self._records.lines,
+            end=self._end,
+            last_record=self._last_record,
+            token=self._trail.token(self._records.boundary),
+            ref=ref,
+            is_sure=self._stamp is not None and self._rereading.covers(self._stamp),
+            identity=self._identity,
+        )
+
+    def place_before(self, log: int, line: int) -> tuple[Position, Hash]:
+        """A place at or before line `line` where reading may begin, and the digest of all before it.
+
+        Raises:
+            CursorBeyondEnd: the log has fewer lines.
+        """
+        if line > self._records.lines:
+            raise CursorBeyondEnd(
+                f"cursor {line} is past the {self._records.lines} lines of the log; reset it or replay from the start",
+                details={"requested": line, "available": self._records.lines},
+            )
+        place = self._marks[bisect.bisect_right(self._marks, line, key=lambda mark: mark.boundary.line) - 1].boundary
+        return place, self._digest_at(log, place.offset)[0]
+
+    def place_of(self, log: int, token: ResumeToken) -> Hash:
+        """The digest of all before the place of a token, which is the token's own.
+
+        Raises:
+            LogReplaced, LogTruncated, HistoryRewritten: the log is no longer the one it was taken in.
+            ResumeTokenInvalid: its place is no place of this log.
+        """
+        line, offset = token.position
+        if offset:
+            check_beginning(log, token.generation, token.position)
+        digest, lines, ends_line = self._digest_at(log, offset)
+        if offset:
+            check_digest(digest, token)
+        if lines != line or not ends_line:
+            raise ResumeTokenInvalid(
+                f"the resume token takes byte {offset} for the end of line {line}, which it is not",
+                violations=[("resume_token", "does not fit the lines of the log")],
+            )
+        return digest
+
+    def digest_after(self, offset: int) -> tuple[int, bytes]:
+        """See `rereading.Reading`."""
+        at = bisect.bisect_right(self._marks, offset, key=lambda mark: mark.offset)
+        if at == len(self._marks):
+            return self._trail.end, self._trail.digest.digest()
+        return self._marks[at].offset, self._marks[at].digest.digest()
+
+    def _begin_anew(self, file: tuple[int, int]) -> None:
+        self._forget()
+        self._file = file
+        self._identity += 1
+
+    def _forget(self) -> None:
+        self._records = RecordReader()
+        self._coming: Iterator[Record | None] | None = None
+        self._trail = Trail()
+        self._end = 0
+        self._last_record: Record | None = None
+        self._marks = [Mark(0, 0, hashlib.sha256(), START)]
+        self._stride = CHUNK
+        self._rereading = Rereading()
+        self._stamp: Stamp | None = None
+
+    def _notice(self, status: os.stat_result) -> None:
+        """Wants all read again when the file was changed without becoming longer."""
+        stamp = Stamp.of(status)
+        if stamp.size > self._trail.end:
+            self._rereading.withdraw()
+        elif self._stamp is not None and stamp != self._stamp:
+            self._rereading.demand()
+        self._stamp = stamp
+
+    def _read(self, log: int, size: int, pace: Pace) -> bool:
+        """Reads up to `size` bytes of the log; False: there was not time enough, or the log has changed."""
+        while True:
+            for record in self._coming or ():
+                if record is not None:
+                    self._last_record = record
+                if pace.over():
+                    return False
+            if self._coming is not None:
+                self._coming = None
+                self._mark()
+            start = self._trail.end
+            if start >= size:
+                return True
+            if pace.over():
+                return False
+            data = os.pread(log, min(CHUNK, size - start), start)
+            if not data or not self._trail.is_whole(log):
+                return False  # cut off, or another log's by now: the next look finds out
+            self._trail.extend(data, boundary=self._records.boundary.offset, earliest=self._records.earliest)
+            self._coming = self._records.feed(data)
+            if (newline := data.rfind(b"\n")) >= 0:
+                self._end = start + newline + 1
+
+    def _mark(self) -> None:
+        if self._trail.end - self._marks[-1].offset >= self._stride:
+            mark = Mark(self._trail.end, self._records.lines, self._trail.digest.copy(), self._records.boundary)
+            self._marks.append(mark)
+        if len(self._marks) > _MAX_MARKS:
+            del self._marks[1::2]
+            self._stride *= 2
+
+    def _digest_at(self, log: int, offset: int) -> tuple[Hash, int, bool]:
+        """Of all before `offset` the running digest and the number of newlines, and whether a line ends there."""
+        mark = self._marks[bisect.bisect_right(self._marks, offset, key=lambda mark: mark.offset) - 1]
+        digest, lines, at = mark.digest.copy(), mark.lines, mark.offset
+        while at < offset and (data := os.pread(log, min(CHUNK, offset - at), at)):
+            digest.update(data)
+            lines += data.count(b"\n")
+            at += len(data)
+        return digest, lines, offset == 0 or os.pread(log, 1, offset - 1) == b"\n"

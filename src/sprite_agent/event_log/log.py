@@ -1,0 +1,284 @@
+"""One loop's event log: its index, kept up to date by reading only what is new, and its readers.
+
+The index knows the end of the log, its running digest, its last record and where lines
+begin. Any number of readers share it, each with a descriptor and a pace of its own, so
+that none waits for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+
+from sprite_agent.artifacts import loop_paths
+from sprite_agent.errors import EventsNotFound, Starting
+from sprite_agent.event_log.index import Aim, LogIndex
+from sprite_agent.event_log.pieces import Pace, finished
+from sprite_agent.event_log.records import Position, RecordReader, judged
+from sprite_agent.event_log.rereading import CHUNK
+from sprite_agent.event_log.resume import Trail, parse_token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from hashlib import _Hash as Hash
+    from types import TracebackType
+
+    from sprite_agent.artifacts import ArtifactFiles
+    from sprite_agent.event_log.index import LogView
+    from sprite_agent.event_log.pieces import Steps
+    from sprite_agent.event_log.records import Record
+    from sprite_agent.event_log.resume import ResumeToken
+
+_T = TypeVar("_T")
+
+_MAX_WAITING = 8
+"""Calls that wait for a log which is still being read; each holds a thread."""
+_RECORDS_AT_ONCE = 1000
+
+
+class Opened(NamedTuple):
+    """A reader, and what the log was like when it was made."""
+
+    reader: LogReader
+    view: LogView
+
+
+class EventLog:
+    """The log of one loop. Lives as long as its reader's process; any thread may call.
+
+    What may take long is there twice: to be called, and (`..._steps`) to be done in pieces.
+    """
+
+    def __init__(self, files: ArtifactFiles, loop_id: str, *, patience: float = math.inf) -> None:
+        """`patience`: seconds after which a call gives up while the log is still being read."""
+        self._files = files
+        self._loop_id = loop_id
+        self._patience = patience
+        self.path = loop_paths(loop_id).events
+        # Guards the index; held for one piece of work, and never while anyone waits for a peer.
+        self._lock = threading.Lock()
+        self._index = LogIndex(str(self.path))
+        self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
+
+    @property
+    def lines_read(self) -> int:
+        """Complete lines that were read so far."""
+        return self._index.lines
+
+    def refresh(self) -> LogView:
+        """Reads what is new and says what the log is like now.
+
+        Raises:
+            EventsNotFound: there is no log.
+            LoopNotFound, ArtifactNotRegular
+            Starting: it takes longer than the log's patience, or others wait for it already.
+        """
+        return self._called(self.look_steps())
+
+    def reader_after_line(self, line: int) -> LogReader:
+        """A reader of the records after line `line` (of a record over several lines, its last counts).
+
+        Raises:
+            CursorBeyondEnd: the log has fewer lines.
+            EventsNotFound, LoopNotFound, ArtifactNotRegular, Starting
+        """
+        return self._called(self.after_line_steps(line)).reader
+
+    def reader_after_token(self, text: str) -> LogReader:
+        """A reader of the records after the place of a resume token.
+
+        Raises:
+            ResumeTokenInvalid: it is no token, or none of this log's.
+            LogReplaced, LogTruncated, HistoryRewritten: the log is no longer the one it was taken in.
+            EventsNotFound, LoopNotFound, ArtifactNotRegular, Starting
+        """
+        return self._called(self.after_token_steps(text)).reader
+
+    def look_steps(self) -> Steps[LogView]:
+        """See `refresh`."""
+        aim = Aim()
+        while True:
+            with self._opened() as log, self._lock:
+                if self._index.advance(log, aim):
+                    return self._index.view(log)
+            yield
+
+    def after_line_steps(self, line: int) -> Steps[Opened]:
+        """See `reader_after_line`."""
+        opened = yield from self._open_steps(lambda log: self._index.place_before(log, line))
+        try:
+            yield from opened.reader.pass_steps(line, opened.view.end)
+        except BaseException:
+            opened.reader.close()
+            raise
+        return opened
+
+    def after_token_steps(self, text: str) -> Steps[Opened]:
+        """See `reader_after_token`."""
+        token = parse_token(text)
+        return (yield from self._open_steps(lambda log: (token.position, self._index.place_of(log, token))))
+
+    def open_folder(self) -> int | None:
+        """A descriptor of the loop's folder, for the caller to close; None: there is none.
+
+        Raises:
+            ArtifactNotRegular
+        """
+        return self._files.open_folder(self.path.parent)
+
+    def _open_steps(self, find: Callable[[int], tuple[Position, Hash]]) -> Steps[Opened]:
+        """Opens a reader at a place that is looked for once all of the log was read."""
+        aim = Aim()
+        while True:
+            # The very descriptor that the index was brought up to date with: all is of one file.
+            with self._kept_open() as log, self._lock:
+                if self._index.advance(log, aim):
+                    return Opened(LogReader(log, *find(log)), self._index.view(log))
+            os.close(log)
+            yield
+
+    def _called(self, steps: Steps[_T]) -> _T:
+        """The result of work, waited for as long as there is patience."""
+        until = time.monotonic() + self._patience
+        waits = False
+
+        def wait() -> None:
+            nonlocal waits
+            waits = waits or self._waiting.acquire(blocking=False)
+            if not waits or time.monotonic() >= until:
+                raise Starting(
+                    f"the event log of loop {self._loop_id} is still being read; try again in a second", retry_after=1.0
+                )
+
+        try:
+            with contextlib.closing(steps):
+                return finished(steps, wait if self._patience < math.inf else None)
+        finally:
+            if waits:
+                self._waiting.release()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """A descriptor of the log for the block."""
+        log = self._open()
+        try:
+            yield log
+        finally:
+            os.close(log)
+
+    @contextlib.contextmanager
+    def _kept_open(self) -> Iterator[int]:
+        """A descriptor of the log that outlives the block, unless that fails."""
+        log = self._open()
+        try:
+            yield log
+        except BaseException:
+            os.close(log)
+            raise
+
+    def _open(self) -> int:
+        log = self._files.open(self.path)
+        if log is None:
+            self._files.require_loop(self._loop_id)
+            raise EventsNotFound(
+                f"required artifact missing: {self._files.repo / self.path}", details={"loopId": self._loop_id}
+            )
+        return log
+
+
+class LogReader:
+    """Reads one log from a place on. Owns its descriptor: close it, or use it in a `with`.
+
+    Holds at most what one chunk and one unfinished record take, whatever the log's size.
+    """
+
+    def __init__(self, log: int, start: Position, digest: Hash) -> None:
+        """Starts at a boundary, with the running digest of all before it."""
+        self._log = log
+        self._records = RecordReader(start)
+        self._trail = Trail(log, start, digest)
+        self._coming: Iterator[Record | None] | None = None
+        self._held: Record | None = None
+        self._before = start
+        self.position = start
+        """After the last record taken, and the blank lines after it, as far as was read."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the descriptor."""
+        os.close(self._log)
+
+    def at_end(self, end: int) -> bool:
+        """Whether everything up to byte `end` was read and taken."""
+        return self._held is None and self._coming is None and self._trail.end >= end
+
+    def read(self, end: int) -> list[Record]:
+        """The next records, judged, as many as a short time allows; see `take`."""
+        pace = Pace()
+        found: list[Record] = []
+        while len(found) < _RECORDS_AT_ONCE and (record := self.take(end, pace)) is not None:
+            found.append(judged(record))
+        return found
+
+    def take(self, end: int, pace: Pace) -> Record | None:
+        """The next record, not yet judged; nothing past byte `end` is read. None: `at_end`, or the pace is over.
+
+        Raises:
+            LogReplaced, LogTruncated, HistoryRewritten: the log was changed where this reader has already been.
+        """
+        if self._held is not None:
+            record, self._held = self._held, None
+            self.position = Position(record.last_line, record.end)
+            return record
+        while True:
+            for found in self._coming or ():
+                if found is not None:
+                    self._before, self.position = self.position, Position(found.last_line, found.end)
+                    return found
+                if pace.over():
+                    return None
+            self._coming = None
+            self.position = self._records.boundary
+            if self._trail.end >= end or pace.over():
+                return None
+            self._read_chunk(end)
+
+    def put_back(self, record: Record) -> None:
+        """Has the record that was just taken be the next again."""
+        self._held, self.position = record, self._before
+
+    def pass_steps(self, line: int, end: int) -> Steps[None]:
+        """Passes the records up to line `line`."""
+        while self.position.line < line and not self.at_end(end):
+            pace = Pace()
+            while (record := self.take(end, pace)) is not None:
+                if record.last_line > line:
+                    self.put_back(record)
+                    return
+                if self.position.line == line or pace.over():
+                    break
+            yield
+
+    def token(self) -> ResumeToken:
+        """The resume token for the position."""
+        return self._trail.token(self.position)
+
+    def _read_chunk(self, end: int) -> None:
+        start = self._trail.end
+        data = os.pread(self._log, min(CHUNK, end - start), start)
+        # Compared after the read: what was read may be another log's by now.
+        if not data or not self._trail.is_whole(self._log):
+            raise self._trail.why_not_whole(self._log, end, self.position)
+        self._trail.extend(data, boundary=self._records.boundary.offset, earliest=self._records.earliest)
+        self._coming = self._records.feed(data)

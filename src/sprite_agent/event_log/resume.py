@@ -1,0 +1,192 @@
+"""Resume tokens: a place in an event log, bound to the log's content.
+
+A token names the log by the digest of its first line (the generation), and the place by
+line, byte offset and the digest of all the bytes before it. So a log that was truncated,
+replaced, rewritten or rolled back is noticed even when it is longer than before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sprite_agent.errors import HistoryRewritten, LogReplaced, LogTruncated, PositionLost, ResumeTokenInvalid
+from sprite_agent.event_log.records import START, Position
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
+WINDOW_BYTES = 4096
+"""How much at the beginning and before a place is compared with each read: it costs microseconds."""
+_FAR = 64 * 1024
+"""Bytes between two places of which the running digest is kept."""
+
+_TOKEN = re.compile(r"r1\.([0-9a-f]{16})\.(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})\.([0-9a-f]{32})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumeToken:
+    """A place in a log and what the log was like before it."""
+
+    position: Position
+    generation: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"r1.{self.generation}.{self.position.line}.{self.position.offset}.{self.digest}"
+
+
+START_TOKEN = ResumeToken(position=START, generation="0" * 16, digest=hashlib.sha256().hexdigest()[:32])
+"""Before the first line of whatever log."""
+
+
+def parse_token(text: str) -> ResumeToken:
+    """The token that `text` is.
+
+    Raises:
+        ResumeTokenInvalid: it is none of ours.
+    """
+    match = _TOKEN.fullmatch(text)
+    if not match:
+        raise ResumeTokenInvalid(
+            f"{text[:80]!r} is not a resume token; leave it out to start from the first line",
+            violations=[("resume_token", "not a token that this agent made")],
+        )
+    generation, line, offset, digest = match.groups()
+    return ResumeToken(position=Position(int(line), int(offset)), generation=generation, digest=digest)
+
+
+def check_beginning(log: int, generation: str, place: Position) -> None:
+    """Returns if the log open as descriptor `log` is of this generation, and reaches to this place.
+
+    Raises:
+        LogReplaced: it begins otherwise.
+        LogTruncated: it is shorter.
+    """
+    line, offset = place
+    details = {"line": line, "offset": offset, "oldGeneration": generation}
+    size = os.fstat(log).st_size
+    head = os.pread(log, WINDOW_BYTES, 0)
+    found = _digest_of_first_line(head)
+    has_first_line = b"\n" in head or len(head) == WINDOW_BYTES
+    if found != generation and (has_first_line or size >= offset):
+        raise LogReplaced(
+            f"the event log was replaced: it begins otherwise than when line {line} was read; replay from the start",
+            details={**details, "newGeneration": found},
+        )
+    if size < offset:
+        raise LogTruncated(
+            f"the event log was truncated: {size} bytes, and line {line} ended at byte {offset}; replay from the start",
+            details={**details, "size": size},
+        )
+
+
+def check_digest(digest: Hash, token: ResumeToken) -> None:
+    """Returns if `digest`, of all before the token's place, is the token's.
+
+    Raises:
+        HistoryRewritten: it is another.
+    """
+    if _short(digest) != token.digest:
+        raise _rewritten(token.generation, token.position)
+
+
+class Trail:
+    """What a reader has read of a log, so far as tokens are made from it.
+
+    A token must say what was read, not what the file holds when the token is made: by then it may be another log's.
+    """
+
+    def __init__(self, log: int | None = None, start: Position = START, digest: Hash | None = None) -> None:
+        """Starts at a place in the log open as descriptor `log`, with the running SHA-256 of all before it."""
+        self._head = b"" if log is None else os.pread(log, min(WINDOW_BYTES, start.offset), 0)
+        self._bytes = bytearray() if log is None else bytearray(_window_before(log, start.offset))
+        self.digest = hashlib.sha256() if digest is None else digest
+        """Of everything read, from the beginning of the log. Not to be updated."""
+        self.end = start.offset
+        """Bytes read, from the beginning of the log."""
+        # Running digests at places not after any that a token may still be asked for, but for the boundary.
+        self._known = deque([(start.offset, self.digest.copy())])
+        self._boundary = (start.offset, _short(self.digest))
+
+    def is_whole(self, log: int) -> bool:
+        """Whether the log still begins with what was read, and holds it where this ends."""
+        begins = os.pread(log, len(self._head), 0) == self._head
+        return begins and _window_before(log, self.end) == self._bytes[-WINDOW_BYTES:]
+
+    def why_not_whole(self, log: int, end: int, position: Position) -> PositionLost:
+        """What has become of the log, where it is not what was read, or not as long as byte `end` any more."""
+        generation = _digest_of_first_line(self._head)
+        if self.end:
+            try:
+                check_beginning(log, generation, Position(position.line, self.end))
+            except PositionLost as lost:
+                return lost
+        size = os.fstat(log).st_size
+        if size < end:
+            return LogTruncated(
+                f"the event log was truncated while it was read: {size} bytes of {end}; replay from the start",
+                details={"line": position.line, "offset": position.offset, "size": size},
+            )
+        return _rewritten(generation, position)
+
+    def extend(self, data: bytes, *, boundary: int, earliest: int) -> None:
+        """Notes what was read. A token may still be asked for at `boundary`, and from `earliest` on."""
+        if boundary != self._boundary[0]:
+            self._boundary = (boundary, self._digest_at(boundary))
+        if len(self._head) < WINDOW_BYTES:
+            self._head = (self._head + data)[:WINDOW_BYTES]
+        if earliest >= self.end:
+            self._known.clear()
+        while len(self._known) > 1 and self._known[1][0] <= earliest:
+            self._known.popleft()
+        if not self._known or self.end - self._known[-1][0] >= _FAR:
+            self._known.append((self.end, self.digest.copy()))
+        self._bytes += data
+        self.digest.update(data)
+        self.end += len(data)
+        needed = self.end - min(self._known[0][0], self.end - WINDOW_BYTES)
+        del self._bytes[: max(0, len(self._bytes) - needed)]
+
+    def token(self, position: Position) -> ResumeToken:
+        """The token for a place that was passed."""
+        offset, digest = self._boundary
+        return ResumeToken(
+            position=position,
+            generation=_digest_of_first_line(self._head) if position.offset else START_TOKEN.generation,
+            digest=digest if position.offset == offset else self._digest_at(position.offset),
+        )
+
+    def _digest_at(self, offset: int) -> str:
+        known, digest = next(entry for entry in reversed(self._known) if entry[0] <= offset)
+        behind = len(self._bytes) - self.end
+        digest = digest.copy()
+        digest.update(self._bytes[behind + known : behind + offset])
+        return _short(digest)
+
+
+def _short(digest: Hash) -> str:
+    return digest.hexdigest()[:32]
+
+
+def _rewritten(generation: str, position: Position) -> HistoryRewritten:
+    line, offset = position
+    return HistoryRewritten(
+        f"the event log was rewritten: it begins as before, but reads otherwise before line {line + 1}; "
+        "replay from the start",
+        details={"line": line, "offset": offset, "generation": generation},
+    )
+
+
+def _window_before(log: int, offset: int) -> bytes:
+    start = max(0, offset - WINDOW_BYTES)
+    return os.pread(log, offset - start, start)
+
+
+def _digest_of_first_line(head: bytes) -> str:
+    first, newline, _ = head.partition(b"\n")
+    return hashlib.sha256(first + newline).hexdigest()[:16]

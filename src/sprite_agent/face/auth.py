@@ -1,0 +1,135 @@
+"""Lets calls pass whose callers may make them, and says to their handlers who calls."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from sprite_agent.callers import CALLER, CERTIFICATE_NAMES
+from sprite_agent.errors import OpsError, RequestUndecodable
+from sprite_agent.face.access import check_control
+from sprite_agent.face.answers import Answer, meet
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from sprite_agent.face.access import Access, Call
+
+OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+"""Answered without a token: they say nothing of the repo."""
+
+
+class Auth(grpc.aio.ServerInterceptor):
+    """Guards the calls of one server.
+
+    A call with a wrong token is refused before anything of its request has come, and one with
+    a wrong signature before the request is parsed: until then it is bytes. Plain handlers stay
+    plain, so the checks are made where they run. Inside of an Intake, which gives each call a
+    context of its own.
+    """
+
+    def __init__(
+        self, access: Access, *, on_refusal: Callable[[str, str], None] = lambda _reason, _identity: None
+    ) -> None:
+        """`on_refusal` is told reason and caller of each call that is refused; by any thread, and must not block."""
+        self._access = access
+        self._on_refusal = on_refusal
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Passes the call on, or answers with the refusal."""
+        handler: Any = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or method.startswith(OPEN_SERVICES):
+            return handler  # type: ignore[no-any-return]  # typed Any for what is read of it below
+        try:
+            call = self._access.identify(method, handler_call_details.invocation_metadata or ())
+            if handler.request_streaming:
+                self._access.check_unsigned(call)
+                return handler  # type: ignore[no-any-return]  # likewise
+        except Exception as error:  # noqa: BLE001  # likewise
+            return self._refusing(handler, method, error)
+        if handler.response_streaming:
+            guarded = {"unary_stream": self._streaming(handler, call)}
+        else:
+            guarded = {"unary_unary": self._single(handler, call)}
+        return handler._replace(request_deserializer=None, **guarded)  # type: ignore[no-any-return]  # a named tuple
+
+    def _single(self, handler: Any, call: Call) -> Callable[[bytes, Any], Any]:
+        def answer(content: bytes, context: Any) -> Any:
+            try:
+                request = self._admitted(call, content, handler.request_deserializer)
+            except Exception as error:  # noqa: BLE001  # of a bug nothing may reach the peer either
+                return self._refuse(call.method, error, context)
+            return handler.unary_unary(request, context)
+
+        async def answer_async(content: bytes, context: Any) -> Any:
+            response = answer(content, context)
+            return await response if inspect.isawaitable(response) else response
+
+        return answer_async if inspect.iscoroutinefunction(handler.unary_unary) else answer
+
+    def _streaming(self, handler: Any, call: Call) -> Callable[[bytes, Any], AsyncIterator[Any]]:
+        async def answers(content: bytes, context: Any) -> AsyncIterator[Any]:
+            try:
+                request = self._admitted(call, content, handler.request_deserializer)
+                async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
+                    async for response in responses:
+                        self._access.check_still(call, CALLER.get().proof)
+                        yield response
+            except Exception as error:  # noqa: BLE001  # likewise
+                self._refuse(call.method, error, context)
+
+        return answers
+
+    def _admitted(self, call: Call, content: bytes, decode: Callable[[bytes], Any]) -> Any:
+        """The request, once it is known who sent it and that they may; CALLER says who.
+
+        Raises:
+            SignatureRefused, ScopeMissing, ActorInvalid, RequestUndecodable
+        """
+        if call.token is not None:
+            CALLER.set(replace(CALLER.get(), identity=f"token:{call.token.id}"))
+        admission = self._access.admit(call, content, CERTIFICATE_NAMES.get())
+        proof = admission.proof
+        if proof is not None:
+            CALLER.set(replace(CALLER.get(), identity=f"manager:{proof.issuer}", proof=proof))
+        try:
+            request = decode(content)
+        except DecodeError as error:
+            raise RequestUndecodable(f"the request's {len(content)} bytes are no message of this method") from error
+        if call.is_control:
+            check_control(request, admission)
+        return request
+
+    def _refuse(self, method: str, error: Exception, context: Any) -> None:
+        Answer(method.rpartition("/")[2], None).fail(error, context)
+        if isinstance(error, OpsError):
+            self._on_refusal(error.reason, CALLER.get().identity)
+
+    def _refusing(self, handler: Any, method: str, error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
+        """A handler that only refuses. It reads nothing, so the answer does not wait for the request either."""
+
+        async def refuse(_requests: Any, context: Any) -> None:
+            meet(context)
+            self._refuse(method, error, context)
+
+        async def refuse_stream(requests: Any, context: Any) -> AsyncIterator[Any]:
+            await refuse(requests, context)
+            return
+            yield  # never reached: it makes this a stream
+
+        streaming = handler.response_streaming
+        make = grpc.stream_stream_rpc_method_handler if streaming else grpc.stream_unary_rpc_method_handler
+        refused: grpc.RpcMethodHandler[Any, Any] = make(
+            refuse_stream if streaming else refuse, response_serializer=handler.response_serializer
+        )
+        return refused

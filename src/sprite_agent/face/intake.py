@@ -1,0 +1,125 @@
+"""Takes in the request of each call: one whole message, within a time limit, or the call is answered without it.
+
+Left to itself, the server waits for a message for as long as the peer pleases, and a call
+whose stream ends without one is never answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from sprite_agent.errors import RequestUndecodable
+from sprite_agent.face.answers import Answer, meet
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from concurrent.futures import Executor
+
+ARRIVAL_TIMEOUT = 10.0
+"""Seconds from the head of a call to the end of its request."""
+
+
+class Intake(grpc.aio.ServerInterceptor):
+    """Makes handlers of single requests out of handlers that read them. The outermost of a server's interceptors.
+
+    A handler that reads for itself goes on doing so: with one, a call can be refused before
+    anything of its request has come. Bytes that are no message end what is read.
+
+    Plain handlers run in `pool`, as they would in the server's own. Their context is that of
+    coroutines: they have to set a status, not abort.
+    """
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Passes the call on to a handler that waits for the request no longer than it may take."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        decode = handler.request_deserializer and _or_end(handler.request_deserializer)
+        if handler.request_streaming:
+            return handler._replace(request_deserializer=decode)  # type: ignore[no-any-return]  # a named tuple
+        method = str(handler_call_details.method).rpartition("/")[2]
+        made: grpc.RpcMethodHandler[Any, Any]
+        if handler.response_streaming:
+            made = grpc.stream_stream_rpc_method_handler(
+                _streaming(method, handler.unary_stream), decode, handler.response_serializer
+            )
+        else:
+            made = grpc.stream_unary_rpc_method_handler(
+                self._single(method, handler.unary_unary), decode, handler.response_serializer
+            )
+        return made
+
+    def _single(self, method: str, handler: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        async def answer(requests: AsyncIterator[Any], context: Any) -> Any:
+            meet(context)
+            refused = Answer(method, None)
+            try:
+                request = await _arrival(requests)
+            except RequestUndecodable as refusal:
+                return refused.fail(refusal, context)
+            if inspect.iscoroutinefunction(handler):
+                return await handler(request, context)
+            work = contextvars.copy_context()
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work.run, handler, request, context)
+
+        return answer
+
+
+def _streaming(method: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+    async def answers(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        meet(context)
+        refused = Answer(method, None)
+        try:
+            request = await _arrival(requests)
+        except RequestUndecodable as refusal:
+            refused.fail(refusal, context)
+            return
+        if inspect.iscoroutinefunction(handler):
+            await handler(request, context)  # it writes for itself, as the health service does
+            return
+        async with contextlib.aclosing(handler(request, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return answers
+
+
+def _or_end(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`decode` as it is, but for bytes that are no message: the parser's text would reach the peer."""
+
+    def decode_or_end(content: bytes) -> Any:
+        try:
+            return decode(content)
+        except DecodeError:
+            return grpc.aio.EOF
+
+    return decode_or_end
+
+
+async def _arrival(requests: AsyncIterator[Any]) -> Any:
+    """The request, decoded.
+
+    Raises:
+        RequestUndecodable: none has come, or not in time.
+    """
+    try:
+        async with asyncio.timeout(ARRIVAL_TIMEOUT):
+            return await anext(requests)
+    except StopAsyncIteration as error:
+        raise RequestUndecodable("the call has ended without a whole request of this method") from error
+    except TimeoutError as error:
+        raise RequestUndecodable(f"no whole request has come within {ARRIVAL_TIMEOUT:.0f} s") from error

@@ -1,0 +1,52 @@
+"""Tells health checks whether control can be served: reads go on where it can't."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+from grpc_health.v1 import health_pb2
+
+if TYPE_CHECKING:
+    from grpc_health.v1 import health
+
+    from sprite_agent.face.metrics import AgentMetrics
+    from sprite_agent.repo import Repo
+
+INTERVAL = 5.0
+"""Seconds between two looks."""
+
+_log = structlog.get_logger("sprite_agent.face.readiness")
+
+
+class ControlReadiness:
+    """The health of control under a name of its own. Lives as long as its server."""
+
+    def __init__(self, name: str, repo: Repo, healths: health.aio.HealthServicer, metrics: AgentMetrics) -> None:
+        self._name = name
+        self._repo = repo
+        self._healths = healths
+        self._metrics = metrics
+        self._told: str | None = "not looked at yet"
+
+    async def watch(self) -> None:
+        """Looks, and looks again; ends when it is cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(INTERVAL)
+
+    async def look(self) -> None:
+        """Looks once, and tells if something has changed."""
+        fault = await asyncio.to_thread(self._repo.control_fault)
+        reason = None if fault is None else fault.reason
+        if reason == self._told:
+            return
+        self._told = reason
+        self._metrics.control_serving.set(fault is None)
+        status = health_pb2.HealthCheckResponse
+        await self._healths.set(self._name, status.NOT_SERVING if fault else status.SERVING)
+        if fault is None:
+            _log.info("control is served")
+        else:
+            _log.error("control can't be served", reason=fault.reason, message=fault.message)

@@ -1,0 +1,169 @@
+"""The commands for who looks after an agent's journal: audit, journal check, journal reset."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sprite_agent.repo import Repo
+from support.repos import STANDIN, event, line
+from support.runtime import SKIPS, executions, request, this_python_first
+from support.waiting import DEADLINE
+
+if TYPE_CHECKING:
+    from support.repos import LoopFiles
+
+KEYS = ("key-1", "key-2")
+
+
+@pytest.fixture(autouse=True)
+def _python(monkeypatch: pytest.MonkeyPatch) -> None:
+    this_python_first(monkeypatch)
+
+
+@pytest.fixture
+def state(repo: LoopFiles, tmp_path: Path) -> Path:
+    """The state folder of a repo in which two cancels were run."""
+    repo.append(line(event()))
+    folder = tmp_path / "state"
+    control(repo, folder, *KEYS)
+    return folder
+
+
+def control(repo: LoopFiles, folder: Path, *keys: str) -> None:
+    served = Repo(repo.repo, state_folder=folder, runtime=str(STANDIN))
+    for key in keys:
+        repo.state.write_text('{"active": true}')
+        served.execute(request("cancel", idempotencyKey=key, confirmation=SKIPS))
+    served.close()
+
+
+def call(repo: LoopFiles, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("sprite-agent")
+    return subprocess.run(
+        [program, *words, "--repo", str(repo.repo), "--state-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def documents(ended: subprocess.CompletedProcess[str]) -> list[Any]:
+    return [json.loads(text) for text in ended.stdout.splitlines()]
+
+
+def test_the_audit_tells_what_was_asked_and_how_it_came_out_and_can_be_narrowed(repo: LoopFiles, state: Path) -> None:
+    everything = documents(call(repo, state, "audit"))
+    of_a_key = documents(call(repo, state, "audit", "--key", "key-2", "--kind", "begun", "--kind", "done"))
+
+    told = [(entry["kind"], entry["body"]["idempotencyKey"]) for entry in everything]
+    assert told == [(kind, key) for key in KEYS for kind in ("begun", "executed", "done")]
+    assert [entry["sequence"] for entry in everything] == [1, 2, 3, 4, 5, 6]
+    assert [entry["sequence"] for entry in of_a_key] == [4, 6]
+    assert documents(call(repo, state, "audit", "--after", "5")) == everything[5:]
+    assert documents(call(repo, state, "audit", "--loop", "other")) == []
+
+
+def test_a_whole_chain_is_said_to_be_whole(repo: LoopFiles, state: Path) -> None:
+    ended = call(repo, state, "audit", "--verify")
+
+    last = documents(call(repo, state, "audit"))[-1]
+    whole = {"entries": 6, "head": {"sequence": 6, "hash": last["hash"]}, "fault": None}
+    assert (ended.returncode, documents(ended)) == (0, [whole])
+
+
+@pytest.mark.parametrize(
+    ("statement", "where"),
+    [
+        ("UPDATE audit SET body = replace(body, 'ada', 'eve') WHERE sequence = 3", "entry 3"),
+        ("DELETE FROM audit WHERE sequence = 4", "entry 5"),
+        ("UPDATE audit SET hash = hex(randomblob(32)) WHERE sequence = 2", "entry 2"),
+    ],
+)
+def test_a_broken_chain_is_said_to_break_where_it_breaks(
+    repo: LoopFiles, state: Path, statement: str, where: str
+) -> None:
+    with closing(sqlite3.connect(state / "journal.sqlite3")) as tables:
+        tables.execute(statement)
+        tables.commit()
+
+    verified = call(repo, state, "audit", "--verify")
+    printed = call(repo, state, "audit")
+    checked = call(repo, state, "journal", "check")
+
+    assert (verified.returncode, printed.returncode, checked.returncode) == (1, 1, 1)
+    assert documents(verified)[0]["fault"].startswith(where)
+    assert where in printed.stderr
+    assert where in documents(checked)[0]["faults"][0]
+
+
+def test_a_journal_that_can_be_trusted_is_said_to_have_no_faults(repo: LoopFiles, state: Path, tmp_path: Path) -> None:
+    whole = call(repo, state, "journal", "check")
+    none = call(repo, tmp_path / "unused", "journal", "check")
+
+    assert (whole.returncode, documents(whole)[0]["faults"]) == (0, [])
+    assert (none.returncode, documents(none)[0]["exists"]) == (0, False)
+
+
+@pytest.mark.parametrize("damage", ["gone", "emptied", "not a journal", "exchanged"])
+def test_a_journal_that_cannot_be_trusted_has_a_way_out(
+    repo: LoopFiles, state: Path, tmp_path: Path, damage: str
+) -> None:
+    journal = state / "journal.sqlite3"
+    before = journal.read_bytes()
+    if damage == "gone":
+        journal.unlink()
+    elif damage == "exchanged":
+        control(repo, tmp_path / "another", "key-9")
+        (tmp_path / "another" / "journal.sqlite3").replace(journal)
+    else:
+        journal.write_bytes(b"" if damage == "emptied" else b"x" * 5000)
+    damaged = journal.read_bytes() if journal.exists() else None
+
+    checked = call(repo, state, "journal", "check")
+    reset = call(repo, state, "journal", "reset", "--yes")
+    checked_again = call(repo, state, "journal", "check")
+
+    assert (checked.returncode, reset.returncode, checked_again.returncode) == (1, 0, 0)
+    assert len(documents(checked)[0]["faults"]) == 1
+    kept = [path for path in state.glob("journal.*.sqlite3") if path != journal]
+    assert [path.read_bytes() for path in kept] == ([] if damaged is None else [damaged])
+    assert journal.read_bytes() != before
+    control(repo, state, "key-1")  # runs again: the new journal knows no key
+    assert [found["argv"][1] for found in executions(repo)].count("cancel") == 3 + (damage == "exchanged")
+
+
+def test_nothing_is_reset_unless_that_is_said(repo: LoopFiles, state: Path) -> None:
+    before = (state / "journal.sqlite3").read_bytes()
+
+    ended = call(repo, state, "journal", "reset")
+
+    assert ended.returncode == 1
+    assert (state / "journal.sqlite3").read_bytes() == before
+
+
+def test_the_journal_of_a_serving_agent_is_not_reset(repo: LoopFiles, state: Path) -> None:
+    before = (state / "journal.sqlite3").read_bytes()
+    with (state / "agent.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = call(repo, state, "journal", "reset", "--yes")
+
+    assert (ended.returncode, "stop it first" in ended.stderr) == (1, True)
+    assert (state / "journal.sqlite3").read_bytes() == before
+
+
+def test_a_state_folder_that_is_none_of_this_repo_has_no_entries(repo: LoopFiles, tmp_path: Path) -> None:
+    ended = call(repo, tmp_path / "unused", "audit", "--verify")
+
+    assert (ended.returncode, documents(ended)) == (0, [{"entries": 0, "head": None, "fault": None}])
+    assert not (tmp_path / "unused").exists()

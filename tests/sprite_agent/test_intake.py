@@ -1,0 +1,146 @@
+"""A call is answered whether its request comes whole, in pieces, late, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import TYPE_CHECKING
+
+import pytest
+import structlog
+from google.rpc import status_pb2
+from grpc_health.v1 import health_pb2
+
+from sprite_agent.contract.error_details import from_status
+from sprite_agent.errors import RequestUndecodable, TokenMissing
+from sprite_agent.face.server import SERVICE_NAME
+from sprite_agent.v1 import service_pb2 as pb
+from support.http2 import connected, message
+from support.repos import LOOP, event, line
+from support.runtime import executions
+from support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from conftest import Agent
+
+    from sprite_agent.errors import OpsError
+    from support.http2 import Answered, Http2Peer
+    from support.repos import LoopFiles
+
+METHODS = [
+    f"/{SERVICE_NAME}/{name}" for name in ("GetInfo", "GetSnapshot", "StreamEvents", "ExecuteControl", "GetControl")
+]
+GET_INFO = METHODS[0]
+CHECK = "/grpc.health.v1.Health/Check"
+WATCH = "/grpc.health.v1.Health/Watch"
+
+
+@pytest.fixture
+async def peer(agent: Agent) -> AsyncIterator[Http2Peer]:
+    async with connected(agent.address) as peer:
+        yield peer
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request has to arrive within a fraction of a second."""
+    monkeypatch.setattr("sprite_agent.face.intake.ARRIVAL_TIMEOUT", 0.2)
+
+
+def refusal(answer: Answered) -> OpsError:
+    """The error the agent sent."""
+    text = answer.headers["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(base64.b64decode(text + "=" * (-len(text) % 4)))
+    return from_status(status, executed=answer.headers["x-ops-executed"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\0\0\0", message(b"abc", length=100), message(b"", length=1)],
+    ids=["none", "prefix", "cut", "short"],
+)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.rpartition("/")[2])
+async def test_a_call_that_ends_without_a_whole_request_is_refused(
+    agent: Agent, repo: LoopFiles, peer: Http2Peer, method: str, body: bytes
+) -> None:
+    stream = peer.begin(method, agent.metadata)
+    peer.data(stream, body, end=True)
+
+    refused = refusal(await peer.answer(stream))
+
+    assert isinstance(refused, RequestUndecodable)
+    assert "ended without a whole request" in refused.message
+    assert refused.executed is False
+    assert executions(repo) == []
+
+
+@pytest.mark.parametrize("body", [None, b"", b"\0\0\0", message(b"abc", length=100)])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.rpartition("/")[2])
+async def test_a_request_that_does_not_come_in_time_is_refused(
+    soon: None, agent: Agent, peer: Http2Peer, method: str, body: bytes | None
+) -> None:
+    stream = peer.begin(method, agent.metadata)
+    if body is not None:
+        peer.data(stream, body)
+
+    refused = refusal(await peer.answer(stream))
+
+    assert isinstance(refused, RequestUndecodable)
+    assert "no whole request has come within" in refused.message
+
+
+async def test_a_request_that_comes_byte_by_byte_is_answered(agent: Agent, repo: LoopFiles, peer: Http2Peer) -> None:
+    repo.append(line(event()))
+    stream = peer.begin(f"/{SERVICE_NAME}/GetSnapshot", agent.metadata)
+    for byte in message(pb.GetSnapshotRequest(loop_id=LOOP).SerializeToString()):
+        peer.data(stream, bytes([byte]))
+        await peer.flushed()
+    peer.data(stream, b"", end=True)
+
+    answer = await peer.answer(stream)
+
+    assert answer.status == 0
+    assert pb.GetSnapshotResponse.FromString(answer.body[5:]).snapshot.source.loop_id == LOOP
+
+
+async def test_bytes_that_are_no_message_are_refused_without_the_parsers_text(peer: Http2Peer) -> None:
+    stream = peer.begin(CHECK)
+    peer.data(stream, message(b"\xff no message"), end=True)
+
+    answer = await peer.answer(stream)
+
+    assert isinstance(refusal(answer), RequestUndecodable)
+    assert "class" not in answer.headers["grpc-message"]
+
+
+async def test_a_watcher_of_the_health_is_told_at_once(peer: Http2Peer) -> None:
+    stream = peer.begin(WATCH)
+    peer.data(stream, message(health_pb2.HealthCheckRequest(service=SERVICE_NAME).SerializeToString()), end=True)
+
+    await peer.until(lambda: bool(peer.answers[stream].body))
+
+    told = health_pb2.HealthCheckResponse.FromString(peer.answers[stream].body[5:])
+    assert told.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("method", [*METHODS, WATCH], ids=lambda method: method.rpartition("/")[2])
+async def test_nothing_is_left_of_a_caller_that_goes_before_its_request_has_come(agent: Agent, method: str) -> None:
+    loop = asyncio.get_running_loop()
+    before = len(asyncio.all_tasks())
+    with structlog.testing.capture_logs() as log:
+        async with connected(agent.address) as leaver:
+            leaver.reset(leaver.begin(method, agent.metadata))
+            leaver.begin(method, agent.metadata)
+            await asyncio.to_thread(until, lambda: len(asyncio.all_tasks(loop)) > before + 1, "a call has begun")
+        await asyncio.to_thread(until, lambda: len(asyncio.all_tasks(loop)) <= before, "its calls have ended")
+
+    assert {entry["log_level"] for entry in log} <= {"info"}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.rpartition("/")[2])
+async def test_a_stranger_is_refused_before_its_request_has_come(peer: Http2Peer, method: str) -> None:
+    stream = peer.begin(method)
+
+    assert isinstance(refusal(await peer.answer(stream)), TokenMissing)

@@ -1,0 +1,44 @@
+"""Reads logs to the end, as the tests of records, index and readers need it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sprite_agent.event_log.pieces import Pace
+from sprite_agent.event_log.records import RecordReader, judged
+from support.repos import event, line
+
+if TYPE_CHECKING:
+    from sprite_agent.event_log.log import EventLog, LogReader
+    from sprite_agent.event_log.records import Record
+
+
+def fed(reader: RecordReader, data: bytes) -> list[Record]:
+    """The records that `data` completes, judged."""
+    return [judged(record) for record in reader.feed(data) if record is not None]
+
+
+def records_of(content: bytes) -> list[Record]:
+    """The records of a whole log."""
+    return fed(RecordReader(), content)
+
+
+def numbered(count: int, first: int = 1, width: int = 0) -> bytes:
+    """Lines with events, numbered."""
+    return b"".join(line(event(n=number, text="x" * width)) for number in range(first, first + count))
+
+
+def taken(reader: LogReader, end: int) -> list[Record]:
+    """The records up to byte `end` of the log."""
+    found = []
+    while not reader.at_end(end):
+        pace = Pace()
+        while (record := reader.take(end, pace)) is not None:
+            found.append(judged(record))
+    return found
+
+
+def rest(log: EventLog, reader: LogReader) -> list[Record]:
+    """Everything from the reader's place to the end of the log; closes the reader."""
+    with reader:
+        return taken(reader, log.refresh().end)
