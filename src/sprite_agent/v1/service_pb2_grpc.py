@@ -29,7 +29,20 @@ class SpriteAgentServiceStub:
     """Serves one repo: what its loops are doing, their events, and three intents.
 
     Credentials: metadata "authorization: Bearer <token>" on every call, where the agent
-    has a token. Without a right one: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_INVALID).
+    has tokens. Without a right one: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_INVALID).
+
+    Signatures: metadata "x-ops-signature: <compact JWT>" on the calls for which the agent
+    asks, by default ExecuteControl as soon as it trusts a key. Header: alg EdDSA, typ
+    "ops-req+jwt", kid. Claims: iss (the manager), aud (sprite_id of GetInfo), iat and exp
+    (Unix seconds, 60 apart at most), jti (16 to 64 characters, used once), rpc (the method,
+    as /sprite_agent.v1.SpriteAgentService/ExecuteControl), bd and bl (base64url SHA-256, and
+    number, of the request's bytes as sent), ath (base64url SHA-256 of the bearer token, where
+    one goes along), act (for control: the same as requested_by). Each attempt needs one of
+    its own. Else UNAUTHENTICATED with a reason of its own for each fault, SIGNATURE_MISSING
+    to SIGNATURE_REPLAYED; SIGNATURE_STALE tells the agent's time: sign anew, once.
+
+    Who is known and may not: PERMISSION_DENIED (SCOPE_MISSING). Who asks for too much:
+    RESOURCE_EXHAUSTED (STREAM_LIMIT, RATE_LIMITED) with the time to wait.
 
     Errors carry google.rpc.ErrorInfo with a reason and the domain "sprite-agent", and
     google.rpc.BadRequest where fields are at fault. Every answer the agent makes has the
@@ -76,7 +89,20 @@ class SpriteAgentServiceServicer:
     """Serves one repo: what its loops are doing, their events, and three intents.
 
     Credentials: metadata "authorization: Bearer <token>" on every call, where the agent
-    has a token. Without a right one: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_INVALID).
+    has tokens. Without a right one: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_INVALID).
+
+    Signatures: metadata "x-ops-signature: <compact JWT>" on the calls for which the agent
+    asks, by default ExecuteControl as soon as it trusts a key. Header: alg EdDSA, typ
+    "ops-req+jwt", kid. Claims: iss (the manager), aud (sprite_id of GetInfo), iat and exp
+    (Unix seconds, 60 apart at most), jti (16 to 64 characters, used once), rpc (the method,
+    as /sprite_agent.v1.SpriteAgentService/ExecuteControl), bd and bl (base64url SHA-256, and
+    number, of the request's bytes as sent), ath (base64url SHA-256 of the bearer token, where
+    one goes along), act (for control: the same as requested_by). Each attempt needs one of
+    its own. Else UNAUTHENTICATED with a reason of its own for each fault, SIGNATURE_MISSING
+    to SIGNATURE_REPLAYED; SIGNATURE_STALE tells the agent's time: sign anew, once.
+
+    Who is known and may not: PERMISSION_DENIED (SCOPE_MISSING). Who asks for too much:
+    RESOURCE_EXHAUSTED (STREAM_LIMIT, RATE_LIMITED) with the time to wait.
 
     Errors carry google.rpc.ErrorInfo with a reason and the domain "sprite-agent", and
     google.rpc.BadRequest where fields are at fault. Every answer the agent makes has the
@@ -205,7 +231,20 @@ class SpriteAgentService:
     """Serves one repo: what its loops are doing, their events, and three intents.
 
     Credentials: metadata "authorization: Bearer <token>" on every call, where the agent
-    has a token. Without a right one: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_INVALID).
+    has tokens. Without a right one: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_INVALID).
+
+    Signatures: metadata "x-ops-signature: <compact JWT>" on the calls for which the agent
+    asks, by default ExecuteControl as soon as it trusts a key. Header: alg EdDSA, typ
+    "ops-req+jwt", kid. Claims: iss (the manager), aud (sprite_id of GetInfo), iat and exp
+    (Unix seconds, 60 apart at most), jti (16 to 64 characters, used once), rpc (the method,
+    as /sprite_agent.v1.SpriteAgentService/ExecuteControl), bd and bl (base64url SHA-256, and
+    number, of the request's bytes as sent), ath (base64url SHA-256 of the bearer token, where
+    one goes along), act (for control: the same as requested_by). Each attempt needs one of
+    its own. Else UNAUTHENTICATED with a reason of its own for each fault, SIGNATURE_MISSING
+    to SIGNATURE_REPLAYED; SIGNATURE_STALE tells the agent's time: sign anew, once.
+
+    Who is known and may not: PERMISSION_DENIED (SCOPE_MISSING). Who asks for too much:
+    RESOURCE_EXHAUSTED (STREAM_LIMIT, RATE_LIMITED) with the time to wait.
 
     Errors carry google.rpc.ErrorInfo with a reason and the domain "sprite-agent", and
     google.rpc.BadRequest where fields are at fault. Every answer the agent makes has the
