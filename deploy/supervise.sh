@@ -4,6 +4,7 @@
 # Starts it again when it ends by itself, after 1 s at first and 30 s at most; what it has to finish it finishes
 # by itself. TERM and INT are passed on, once for a drain, twice to end at once; then this ends too. HUP is passed on.
 set -u
+[ $# -gt 0 ] || { echo "usage: supervise.sh serve --repo ... --listen ..." >&2; exit 64; }
 agent=${SPRITE_AGENT:-sprite-agent}
 stopping=
 pause=1
