@@ -1,4 +1,7 @@
-"""Every reason the agent has for refusing is met over a real socket, with its status and its trailers."""
+"""Every reason the agent has for refusing is met over a real socket, with its status and its trailers.
+
+H16.
+"""
 
 from __future__ import annotations
 

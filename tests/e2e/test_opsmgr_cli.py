@@ -1097,6 +1097,7 @@ def test_a_command_that_is_called_wrongly_exits_with_64_and_says_why(
 def test_a_loop_id_that_is_no_plain_name_is_refused_and_nothing_is_written_outside(
     tmp_path: Path, env: dict[str, str], words: list[str], name: str
 ) -> None:
+    """H5, H6."""
     (tmp_path / "repo" / ".superloop" / "loops").mkdir(parents=True)
 
     ended = run(*words, "--repo", tmp_path / "repo", f"--loop={name}", env=env)

@@ -1,4 +1,7 @@
-"""T18: what strangers and broken clients do to the agent before it knows who they are, and to what it takes in."""
+"""T18: what strangers and broken clients do to the agent before it knows who they are, and to what it takes in.
+
+H10 (peers that say nothing, or never to the end), H11 (bodies), H12 (connections without use).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a peer with a right token may ask of control that no manager would: the agent trusts no checks but its own."""
+"""What a peer with a right token may ask of control that no manager would: the agent trusts no checks but its own.
+
+H13 (text), H14 (what is not understood), H16 (the shape of a refusal).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""T25: whatever names a caller gives and whatever sandbox code puts at a path, nothing outside the repo is read."""
+"""T25: whatever names a caller gives and whatever sandbox code puts at a path, nothing outside the repo is read.
+
+H4.
+"""
 
 from __future__ import annotations
 

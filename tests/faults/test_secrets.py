@@ -1,4 +1,7 @@
-"""T31: tokens and private keys are in their files, and nowhere that anybody else can look."""
+"""T31: tokens and private keys are in their files, and nowhere that anybody else can look.
+
+H2, H3.
+"""
 
 from __future__ import annotations
 

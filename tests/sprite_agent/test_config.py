@@ -126,6 +126,7 @@ def test_callers_prove_who_they_are_or_it_was_said_that_they_need_not_and_others
 
 @pytest.mark.parametrize("listen", ELSEWHERE)
 def test_what_others_can_reach_is_refused_and_says_what_to_do(tmp_path: Path, token_file: Path, listen: str) -> None:
+    """H1."""
     with pytest.raises(ValueError, match=r"is not loopback: it needs --tls-cert.*127\.0\.0\.1:PORT or unix:PATH"):
         load(tmp_path, listen=listen, token_file=token_file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 from pathlib import Path
@@ -60,6 +61,23 @@ def test_a_new_token_is_found_by_its_text_and_by_no_other() -> None:
     for other in (text[:-1], f"{text}A", text.lower(), text.replace("t1", "t0"), "", "spr1.t1.", "\udcff"):
         assert known.find_token(other, NOW) is None
     assert known.find_token(text, NOW + 1) is None
+
+
+def test_whatever_comes_is_compared_with_every_token_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H15: neither a right beginning nor a known id makes an answer quicker or slower."""
+    texts, tokens = zip(*(new_token(f"t{number}", ["read"]) for number in range(3)), strict=True)
+    compared: list[tuple[int, int]] = []
+    constant_time = hmac.compare_digest
+
+    def counted(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return constant_time(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", counted)
+    for text in (texts[0], texts[2], texts[0][:-1], "spr1.t9.x", ""):
+        Credentials(tokens=tokens).find_token(text, NOW)
+
+    assert compared == [(32, 32)] * 15
 
 
 def test_new_tokens_are_long_and_never_the_same() -> None:
