@@ -7,17 +7,19 @@ of the loop until an operator has looked into it.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opsmgr import store as files
-from opsmgr.errors import AgentStateRolledBack
+from opsmgr.errors import AgentStateRolledBack, InputInvalid
 from sprite_agent.contract import clock
 from sprite_agent.contract.agent_state import Finding, JournalHead
 from sprite_agent.contract.json_text import member
+from sprite_agent.contract.secrets import changing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from opsmgr.store import LoopStore
 
@@ -78,11 +80,43 @@ def load_memory(store: LoopStore) -> AgentMemory:
 
 
 def save_memory(store: LoopStore, memory: AgentMemory) -> None:
-    """Saves the memory.
+    """Saves the memory; what another manager has saved since it was loaded is not undone.
 
     Raises:
-        InputInvalid: the file can't be written.
+        InputInvalid: the file can't be read or written.
     """
+    with _changing(store):
+        known = load_memory(store)
+        memory.frozen = memory.frozen or known.frozen
+        ahead = memory.journal is None or known.journal is None or known.journal.sequence > memory.journal.sequence
+        if ahead and memory.frozen is None:
+            memory.journal = known.journal or memory.journal
+        _write(store, memory)
+
+
+def unfreeze(store: LoopStore) -> None:
+    """Lets control go on.
+
+    Raises:
+        InputInvalid: the file can't be read or written.
+    """
+    with _changing(store):
+        memory = load_memory(store)
+        memory.frozen = None
+        _write(store, memory)
+
+
+@contextlib.contextmanager
+def _changing(store: LoopStore) -> Iterator[None]:
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with changing(store.agent):
+            yield
+    except OSError as error:
+        raise InputInvalid(f"{store.folder} can't be used: {error.strerror}") from error
+
+
+def _write(store: LoopStore, memory: AgentMemory) -> None:
     files.save(
         store.agent,
         {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from opsmgr.agent_memory import load_memory, save_memory
+from opsmgr.agent_memory import unfreeze
 from opsmgr.control import send
 from opsmgr.errors import AgentStateRolledBack
 from opsmgr.reconcile import ReconcileOptions, reconcile
@@ -122,9 +122,7 @@ async def test_a_reconcile_tells_of_it_once_and_freezes_control_until_an_operato
     with pytest.raises(AgentStateRolledBack):
         await sprite.decide("key-5")
     assert len(executions(repo)) == 4
-    memory = load_memory(sprite.store)
-    memory.frozen = None
-    save_memory(sprite.store, memory)
+    unfreeze(sprite.store)
     assert await sprite.decide("key-5") == "executed_unconfirmed"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr.agent_memory import AgentMemory, load_memory, save_memory
+from opsmgr.agent_memory import AgentMemory, load_memory, save_memory, unfreeze
 from opsmgr.control import send
 from opsmgr.errors import AgentStateRolledBack
 from opsmgr.reconcile import ReconcileOptions, reconcile
@@ -84,6 +84,30 @@ def test_a_memory_is_saved_whole(store: LoopStore) -> None:
     save_memory(store, memory)
 
     assert load_memory(store) == memory
+
+
+def test_what_another_manager_has_saved_meanwhile_is_not_undone(store: LoopStore) -> None:
+    save_memory(store, AgentMemory(journal=FIRST))
+    slow = load_memory(store)
+    quick = load_memory(store)
+    quick.journal = FIRST._replace(sequence=7)
+    save_memory(store, quick)
+
+    slow.look_into([Finding("ODD", "look")])
+    save_memory(store, slow)
+    assert load_memory(store).journal == FIRST._replace(sequence=7)
+
+    slow = load_memory(store)
+    quick = load_memory(store)
+    quick.look_at(FIRST)
+    save_memory(store, quick)
+    save_memory(store, slow)
+    assert load_memory(store).frozen is not None
+
+    unfreeze(store)
+    assert load_memory(store).frozen is None
+    save_memory(store, load_memory(store))
+    assert load_memory(store).frozen is None
 
 
 def test_a_finding_is_told_when_it_is_new() -> None:

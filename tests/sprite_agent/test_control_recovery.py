@@ -237,7 +237,7 @@ def marked(folder: Path) -> None:
 
 def of_another_process(folder: Path) -> None:
     (folder / "started").touch()
-    (folder / "process.json").write_text(f"{2**22 + 1} (gone) S " + "1 " * 40)
+    (folder / "process").write_text(f"{2**22 + 1} (gone) S " + "1 " * 40)
 
 
 @pytest.mark.parametrize("far", [marked, of_another_process])

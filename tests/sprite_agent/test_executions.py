@@ -373,7 +373,7 @@ def orphan(folder: StateFolder) -> Iterator[subprocess.Popen[bytes]]:
     """A command of a killed executor, and what that has left."""
     (folder.executions / KEY).mkdir(parents=True)
     with subprocess.Popen(["sleep", "1000"], start_new_session=True) as process:
-        (folder.executions / KEY / "process.json").write_bytes(Path(f"/proc/{process.pid}/stat").read_bytes())
+        (folder.executions / KEY / "process").write_bytes(Path(f"/proc/{process.pid}/stat").read_bytes())
         reaper = threading.Thread(target=process.wait)
         reaper.start()
         yield process
@@ -402,7 +402,7 @@ def test_another_process_under_the_pid_of_an_orphan_is_left_alone(
     folder: StateFolder, orphan: subprocess.Popen[bytes]
 ) -> None:
     """C10: nothing is killed by its pid alone."""
-    file = folder.executions / KEY / "process.json"
+    file = folder.executions / KEY / "process"
     front, parenthesis, fields = file.read_text().rpartition(")")
     words = fields.split()
     words[19] = str(int(words[19]) - 1)
@@ -417,6 +417,6 @@ def test_another_process_under_the_pid_of_an_orphan_is_left_alone(
 def test_where_no_process_is_named_there_is_nothing_to_end(folder: StateFolder, left: str | None) -> None:
     (folder.executions / KEY).mkdir(parents=True)
     if left is not None:
-        (folder.executions / KEY / "process.json").write_text(left)
+        (folder.executions / KEY / "process").write_text(left)
 
     Executions(folder.executions).end_orphan(KEY, within=0)

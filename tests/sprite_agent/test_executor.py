@@ -103,13 +103,13 @@ def test_nothing_is_run_before_the_gate_is_opened(start: Any, tmp_path: Path) ->
     started = start(f"touch {tmp_path}/ran")
     until(lambda: "result.draft" in started.left, "it waits at the gate")
 
-    assert started.left == {"plan.json", "result.draft", "process.json"}
+    assert started.left == {"plan.json", "result.draft", "process"}
     assert not (tmp_path / "ran").exists()
     started.tell(OPEN)
 
     assert started.exit_code() == 0
     assert (tmp_path / "ran").exists()
-    assert started.left == {"plan.json", "started", "process.json", "result.json"}
+    assert started.left == {"plan.json", "started", "process", "result.json"}
 
 
 @pytest.mark.parametrize("word", [b"", b"X", b"g"])
@@ -169,7 +169,7 @@ def test_the_command_is_named_with_its_start(start: Any) -> None:
     started.exit_code()
 
     pid, _, text = started.result["output"].partition("\n")
-    name = name_from_stat((started.folder / "process.json").read_text())
+    name = name_from_stat((started.folder / "process").read_text())
     assert name is not None
     assert name == name_from_stat(text)
     assert name.split(":")[1] == pid
@@ -204,7 +204,7 @@ def test_a_killed_executor_leaves_no_result_and_its_command_runs_on(start: Any, 
     started.tell(OPEN)
 
     assert started.exit_code() == -signal.SIGKILL
-    assert {"started", "process.json"} <= started.left
+    assert {"started", "process"} <= started.left
     assert "result.json" not in started.left
     until((tmp_path / "ran").exists, "the command has run to its end")
 

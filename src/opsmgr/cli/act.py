@@ -165,19 +165,17 @@ def unfreeze(*, target: Target, yes: bool) -> None:
 
     Look first what the agent may have forgotten: 'sprite-agent audit' there, intents.jsonl here.
     """
-    from opsmgr.agent_memory import load_memory, save_memory
+    from opsmgr import agent_memory
 
     with reported(json=False):
         store = target.store()
-        with store.locked():
-            memory = load_memory(store)
-            if memory.frozen is None:
-                click.echo("control is not frozen")
-                return
-            if not yes:
-                click.confirm(f"Control is frozen: {printable(memory.frozen)}. Go on", abort=True, err=True)
-            memory.frozen = None
-            save_memory(store, memory)
+        frozen = agent_memory.load_memory(store).frozen
+        if frozen is None:
+            click.echo("control is not frozen")
+            return
+        if not yes:
+            click.confirm(f"Control is frozen: {printable(frozen)}. Go on", abort=True, err=True)
+        agent_memory.unfreeze(store)
         click.echo("control is no longer frozen")
 
 

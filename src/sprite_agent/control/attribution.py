@@ -29,9 +29,14 @@ def find_unattributed(loop_id: str, approval: Any, find_execution: Callable[[str
         return None
     by = decided_by(approval)
     entry = find_execution(by.rpartition("#")[2]) if by else None
-    if entry is not None and entry.result["loopId"] == loop_id and entry.result["intent"] == _INTENTS[status]:
-        ours = f"--by\0{by}" in "\0".join(entry.result["command"])
-        if ours and baseline_from(entry.origin.baseline).evidence.subject == subject_of(approval):
-            return None
+    if entry is not None and entry.mark == by and _decided_this(entry, loop_id, _INTENTS[status], approval):
+        return None
     message = f"the approval request of loop {loop_id} was {status} by {by!r}, and not through this agent"
     return Finding(APPROVAL_UNATTRIBUTED, message)
+
+
+def _decided_this(entry: Entry, loop_id: str, intent: str, approval: Any) -> bool:
+    """Whether a row's command was to decide this very request in this way; a row without a command decided nothing."""
+    result = entry.result
+    asked = result["loopId"] == loop_id and result["intent"] == intent and bool(result["command"])
+    return asked and baseline_from(entry.origin.baseline).evidence.subject == subject_of(approval)

@@ -24,6 +24,7 @@ from sprite_agent.control.command import build_command, find_runtime
 from sprite_agent.control.evidence import Witness, baseline_from, take_baseline
 from sprite_agent.control.flights import Flights
 from sprite_agent.control.journal import Journal, NewRow
+from sprite_agent.control.journal_rows import mark_of
 from sprite_agent.control.processes import is_alive, this_boot, this_process
 from sprite_agent.control.refusals import RefusalNotes
 from sprite_agent.control.results import (
@@ -288,7 +289,6 @@ class ControlEngine:
             final = skipped_result(result)
         if final is None:
             patience = asked.get("timeoutSeconds", DEFAULT_TIMEOUT) if result["exitCode"] == 0 else 0.0
-            mark = mark_of(request, _issuer(entry), entry.execution_id)
             baseline = baseline_from(entry.origin.baseline)
             loop_id = request["loopId"]
             with Witness(lambda: self._read_loop(loop_id), self._log_of(loop_id), baseline) as witness:
@@ -298,10 +298,10 @@ class ControlEngine:
                     baseline=baseline.evidence,
                     required=asked.get("requiredEffect", "completed"),
                     timeout=min(patience, max(0.0, patience - waited)),
-                    mark=mark,
+                    mark=entry.mark,
                     settle=SETTLE if request["intent"] == "cancel" else 0.0,
                 )
-            final = looked_result(result, look, baseline.evidence, mark)
+            final = looked_result(result, look, baseline.evidence, entry.mark)
         entry = self._record(entry, final)
         failpoints.hit("done")
         return entry
@@ -377,16 +377,6 @@ class ControlEngine:
             yield
         finally:
             self._slots.release()
-
-
-def mark_of(request: ControlRequest, issuer: str | None, execution_id: str) -> str:
-    """What a decision is recorded under: who asked, who vouches for them, and which execution it was."""
-    return f"{request['requestedBy']}{f'@{issuer}' if issuer else ''}#{execution_id}"
-
-
-def _issuer(entry: Entry) -> str | None:
-    proof = entry.origin.caller["proof"]
-    return None if proof is None else str(proof["issuer"])
 
 
 def _refuse_another_request(entry: Entry, request: ControlRequest) -> None:

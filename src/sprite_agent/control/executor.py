@@ -8,7 +8,7 @@ nothing is run. LANE is the lock that keeps other commands out, inherited by the
 too. What is left in FOLDER tells how far it got, whoever was killed meanwhile:
 
     started       the command has been, or is about to be, started
-    process.json  which process it is
+    process       which process it is, as /proc/<pid>/stat has it
     result.json   how it ended
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PLAN = "plan.json"
 STARTED = "started"
-PROCESS = "process.json"
+PROCESS = "process"
 RESULT = "result.json"
 
 OPEN = b"G"

@@ -14,6 +14,7 @@ import uuid
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from sprite_agent.contract.secrets import changing, replace_guarded
 from sprite_agent.control import audit, journal_rows
 from sprite_agent.errors import ContractError, JournalCorrupt, JournalUnavailable
 
@@ -178,13 +179,8 @@ def _checked(path: Path, tables: sqlite3.Connection) -> str:
 def _check_marker(path: Path, journal_id: str) -> None:
     marker = _marker(path)
     if not marker.exists():  # the first one to open it: making it ends with this
-        draft = marker.with_name(f".{marker.name}.{uuid.uuid4().hex}")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.write(descriptor, f"{journal_id}\n".encode())
-        os.fsync(descriptor)
-        os.close(descriptor)
-        draft.rename(marker)
-        _sync(path.parent)
+        with changing(marker):
+            replace_guarded(marker, f"{journal_id}\n".encode())
     expected = marker.read_text().strip()
     if expected != journal_id:
         raise JournalCorrupt(f"journal {path} is another one: its id is {journal_id}, {marker.name} has {expected}")

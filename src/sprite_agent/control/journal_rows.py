@@ -77,10 +77,21 @@ class Entry:
     updated: float
     """Unix time."""
 
+    @property
+    def mark(self) -> str:
+        """What its decision is recorded under."""
+        proof = self.origin.caller["proof"]
+        return mark_of(self.origin.request, None if proof is None else proof["issuer"], self.execution_id)
+
+
+def mark_of(request: ControlRequest, issuer: str | None, execution_id: str) -> str:
+    """What a decision is recorded under: who asked, who vouches for them, and which execution it was."""
+    return f"{request['requestedBy']}{f'@{issuer}' if issuer else ''}#{execution_id}"
+
 
 def read(tables: sqlite3.Connection, condition: str, *values: object) -> list[Entry]:
     """The rows that meet a condition, oldest first."""
-    rows = tables.execute(f"SELECT {_COLUMNS} FROM control WHERE {condition} ORDER BY sequence", values)  # noqa: S608
+    rows = tables.execute(f"SELECT {_COLUMNS} FROM control WHERE {condition} ORDER BY sequence", values)  # noqa: S608  # constants
     return [_entry(row) for row in rows]
 
 
@@ -89,7 +100,7 @@ def write(tables: sqlite3.Connection, entry: Entry) -> str:
     row = _row(entry)
     digest = _digest(row)
     tables.execute(
-        f"INSERT INTO control ({_COLUMNS}, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+        f"INSERT INTO control ({_COLUMNS}, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # constants
         " ON CONFLICT (sequence) DO UPDATE SET state = excluded.state, execution_id = excluded.execution_id,"
         " origin = excluded.origin, owner = excluded.owner, result = excluded.result, updated = excluded.updated,"
         " digest = excluded.digest",
@@ -118,7 +129,7 @@ def find_fault(tables: sqlite3.Connection) -> str | None:
     """What is wrong with the rows, in a few words; None: nothing."""
     expected: int | None = None
     following = next_sequence(tables)
-    for *row, digest in tables.execute(f"SELECT {_COLUMNS}, digest FROM control ORDER BY sequence"):  # noqa: S608
+    for *row, digest in tables.execute(f"SELECT {_COLUMNS}, digest FROM control ORDER BY sequence"):  # noqa: S608  # constants
         sequence = row[0]
         if expected is not None and sequence != expected:
             return f"row {expected} is missing"
