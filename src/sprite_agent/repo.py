@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.artifacts import ArtifactFiles
 from sprite_agent.callers import THIS_USER
+from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, check_request
 from sprite_agent.contract.streaming import check_query
 from sprite_agent.control.attribution import find_unattributed
@@ -186,7 +187,12 @@ class Repo:
         return self._engine.execute(check_request(document), caller=caller, deadline=until)
 
     def get_control(self, loop_id: str, key: str) -> ControlResult:
-        """What has become of an idempotency key; see `control.ControlEngine.result`."""
+        """What has become of an idempotency key; see `control.ControlEngine.result`.
+
+        Raises:
+            LoopIdInvalid: the loop id can't be one.
+        """
+        check_loop_id(loop_id)
         return self._engine.result(loop_id, key)
 
     def _findings(self, loop_id: str, approval: Any) -> tuple[Finding, ...]:

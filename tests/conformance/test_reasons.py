@@ -389,7 +389,7 @@ async def _(world: World) -> OpsError:
     async with world.serving(max_streams_per_caller=1) as stub:
         first = stub.StreamEvents(pb.StreamEventsRequest(loop_id=LOOP, follow=True), metadata=world.metadata)
         await first.read()
-        found = await world.stream(stub)
+        found = await world.stream(stub, follow=True)
         first.cancel()
         return found
 

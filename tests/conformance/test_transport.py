@@ -28,6 +28,7 @@ from sprite_agent.errors import (
     IdempotencyKeyReused,
     LogReplaced,
     LogTruncated,
+    LoopIdInvalid,
     OpsError,
     RequestRefused,
     RuntimeMissing,
@@ -848,6 +849,14 @@ async def test_a_key_that_nobody_used_is_not_found_alike_on_both(both: Both) -> 
 
     assert found[0] == found[1]
     assert found[0]["class"] is ControlNotFound
+
+
+@pytest.mark.parametrize("loop_id", ["", "..", "a/b", ".hidden", "x" * 65, "\u00e4"])
+async def test_a_key_of_no_possible_loop_is_refused_alike_on_both(both: Both, loop_id: str) -> None:
+    found = [await facts(transport.get_control(loop_id, "key-1")) for transport in both]
+
+    assert found[0] == found[1]
+    assert found[0]["class"] is LoopIdInvalid
 
 
 @pytest.mark.parametrize("runtime", [None, "/no/such/superloop"])

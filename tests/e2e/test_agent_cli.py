@@ -180,6 +180,29 @@ def test_a_second_agent_on_the_repo_is_refused(program: AgentProgram, start_agen
     assert program.process.poll() is None
 
 
+def test_a_second_agent_on_the_repo_is_refused_whatever_its_state_folder_is(
+    program: AgentProgram, start_agent: Start, tmp_path: Path
+) -> None:
+    program.address()
+
+    second = start_agent("--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "another"))
+
+    assert second.exit_code() == 1
+    assert re.fullmatch(r"Error: another agent serves this repo already, with another --state-dir: .*\n", second.text)
+    assert program.process.poll() is None
+
+
+def test_an_agent_that_has_no_place_for_the_repos_lock_serves_and_says_so(start_agent: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    program = start_agent(
+        "--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "state"), XDG_STATE_HOME=str(tmp_path / "file")
+    )
+
+    program.address()
+    assert program.said("agents with another --state-dir are not kept from this repo", by="event")
+
+
 def test_the_repo_can_be_served_again_after_a_kill(program: AgentProgram, start_agent: Start) -> None:
     program.address()
     program.end()
@@ -200,10 +223,11 @@ def test_a_unix_socket_that_another_agent_listens_on_is_refused(start_agent: Sta
     listen = f"unix:{tmp_path}/agent.sock"
     start_agent("--listen", listen).address()
 
-    other = start_agent("--listen", listen, "--state-dir", str(tmp_path / "another-state"))
+    other = start_agent("--listen", listen, XDG_STATE_HOME=str(tmp_path / "another"))  # as another user's would be
 
     until(lambda: other.process.poll() is not None or other.said("serving"), "it has started or not")
     assert other.process.poll() == 1
+    assert "another process does" in other.text
 
 
 def test_a_socket_that_was_left_behind_is_taken_over(start_agent: Start, tmp_path: Path) -> None:

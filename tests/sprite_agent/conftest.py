@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sprite_agent.control import engine as control
+from sprite_agent.control import conclusion
 from sprite_agent.repo import Repo
 from support.repos import STANDIN
 from support.runtime import asking_loop, script, this_python_first
@@ -43,7 +43,7 @@ def state(tmp_path: Path) -> Path:
 def make_repo(loop: LoopFiles, state: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRepo]:
     """Makes the repo as another process would, with the stand-in for its runtime unless told otherwise."""
     this_python_first(monkeypatch)
-    monkeypatch.setattr(control, "SETTLE", SETTLE)
+    monkeypatch.setattr(conclusion, "SETTLE", SETTLE)
     made: list[Repo] = []
 
     def make(runtime: str | None = str(STANDIN)) -> Repo:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from sprite_agent.contract.error_details import from_status
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import NotAuthenticated, TokenInvalid, TokenMissing
 from sprite_agent.face.server import SERVICE_NAME, running
+from sprite_agent.quota import PER_MINUTE, Quota
 from sprite_agent.v1 import control_pb2, service_pb2_grpc
 from sprite_agent.v1 import service_pb2 as pb
 from support.repos import LOOP
@@ -79,10 +82,18 @@ async def stream(channel: grpc.aio.Channel, metadata: Metadata) -> Any:
 async def reflection(channel: grpc.aio.Channel, metadata: Metadata) -> Any:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]  # the stubs know no aio
 
+    ended = asyncio.Event()
+
     async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+        if not any(metadata in right.values for right in RIGHT):
+            # What it was refused for is lost on gRPC's client if that is still writing then.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), 0.3)
+                return
         yield reflection_pb2.ServerReflectionRequest(list_services="*")
 
     call = stub.ServerReflectionInfo(requests(), metadata=metadata, timeout=DEADLINE)
+    call.add_done_callback(lambda _: ended.set())
     return [found.name async for answer in call for found in answer.list_services_response.service]
 
 
@@ -191,6 +202,34 @@ async def test_no_log_has_anything_of_a_token(
     assert len([entry for entry in log if entry["event"] == "call"]) == 7
     assert TOKEN not in str(log)
     assert "a-wrong-one" not in str(log)
+
+
+async def test_strangers_cause_so_many_log_lines_a_minute_and_the_next_one_says_how_many_were_left_out(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("sprite_agent.face.auth.Quota", lambda: Quota(lambda: now[0]))
+    wrong = (("authorization", "Bearer a-wrong-one"),)
+    with structlog.testing.capture_logs() as log:
+        async with running(config) as address, grpc.aio.insecure_channel(address) as channel:
+
+            async def refused(times: int) -> list[dict[str, Any]]:
+                before = len(log)
+                for _ in range(times):
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        await unary(channel, wrong)
+                return [dict(entry) for entry in log[before:] if entry["event"] == "call"]
+
+            flood = await refused(PER_MINUTE + 30)
+            await unary(channel, (("authorization", f"Bearer {TOKEN}"),))
+            known = log[-1]
+            now[0] = 60.0
+            later = await refused(2)
+
+    assert len(flood) == PER_MINUTE
+    assert all("left_out_before" not in entry for entry in flood)
+    assert (known["event"], known["code"]) == ("call", "OK")
+    assert [entry.get("left_out_before") for entry in later] == [30, None]
 
 
 @GUARDED

@@ -13,7 +13,7 @@ import pytest
 
 from sprite_agent.callers import Caller, Proof
 from sprite_agent.contract.validation import violations
-from sprite_agent.control import engine as control
+from sprite_agent.control import conclusion
 from support.repos import LOOP, STANDIN, LoopFiles, event, line, put
 from support.runtime import LOOKS_ONCE, SKIPS, WAITS, mark_in, request, run, script, state_of, turn
 from support.waiting import until
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     MakeRepo = Callable[..., Repo]
 
-SHIPPED_SETTLE = control.SETTLE
+SHIPPED_SETTLE = conclusion.SETTLE
 RECORDED = {**LOOKS_ONCE, "requiredEffect": "decision_recorded"}
 
 
@@ -117,7 +117,7 @@ def test_a_cancel_is_not_confirmed_when_the_loop_is_active_again_a_moment_later(
     put(loop.state, {"active": True, "current_loop_id": LOOP})
     again = f"mv {loop.state} {tmp_path}/kept; (sleep 0.5; mv {tmp_path}/kept {loop.state}) > /dev/null 2>&1 &"
     repo = make_repo(script(tmp_path / "superloop", again))
-    monkeypatch.setattr(control, "SETTLE", SHIPPED_SETTLE)
+    monkeypatch.setattr(conclusion, "SETTLE", SHIPPED_SETTLE)
 
     result = repo.execute(request("cancel"))
 
@@ -130,7 +130,7 @@ def test_a_cancel_has_to_show_for_a_second(
 ) -> None:
     put(loop.state, {"active": True, "current_loop_id": LOOP})
     repo = make_repo()
-    monkeypatch.setattr(control, "SETTLE", SHIPPED_SETTLE)
+    monkeypatch.setattr(conclusion, "SETTLE", SHIPPED_SETTLE)
     began = time.monotonic()
 
     result = repo.execute(request("cancel"))

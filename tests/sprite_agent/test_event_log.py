@@ -696,7 +696,7 @@ def test_a_call_gives_up_on_a_log_that_takes_too_long_and_goes_on_from_there_the
 
 def test_only_so_many_calls_wait_for_a_log_that_is_still_being_read(loop: LoopFiles) -> None:
     log = EventLog(ArtifactFiles(loop.repo), LOOP, patience=0.5)
-    loop.append(b"1\n" * 500_000)
+    loop.append(b"1\n" * 2_000_000)
     waits: list[float] = []
 
     def call() -> None:

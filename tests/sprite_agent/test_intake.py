@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2
 
 from sprite_agent.contract.error_details import from_status
 from sprite_agent.errors import RequestUndecodable, TokenMissing
-from sprite_agent.face.server import SERVICE_NAME
+from sprite_agent.face.server import SERVICE_NAME, running
+from sprite_agent.quota import PER_MINUTE, Quota
 from sprite_agent.v1 import service_pb2 as pb
 from support.http2 import connected, message
 from support.repos import LOOP, event, line
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from conftest import Agent
 
     from sprite_agent.errors import OpsError
+    from sprite_agent.face.config import ServeConfig
     from support.http2 import Answered, Http2Peer
     from support.repos import LoopFiles
 
@@ -113,6 +115,30 @@ async def test_bytes_that_are_no_message_are_refused_without_the_parsers_text(pe
 
     assert isinstance(refusal(answer), RequestUndecodable)
     assert "class" not in answer.headers["grpc-message"]
+
+
+async def test_requests_that_are_no_message_cause_so_many_log_lines_a_minute(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The health is asked for without a token, so anybody can send them."""
+    now = [0.0]
+    monkeypatch.setattr("sprite_agent.face.intake.Quota", lambda: Quota(lambda: now[0]))
+
+    async def refused(peer: Http2Peer, times: int) -> None:
+        for _ in range(times):
+            stream = peer.begin(CHECK)
+            peer.data(stream, message(b"\xff no message"), end=True)
+            await peer.answer(stream)
+
+    with structlog.testing.capture_logs() as log:
+        async with running(config) as address, connected(address) as peer:
+            await refused(peer, PER_MINUTE + 30)
+            flood = [entry for entry in log if entry["event"] == "call"]
+            now[0] = 60.0
+            await refused(peer, 1)
+
+    assert len(flood) == PER_MINUTE
+    assert [entry["left_out_before"] for entry in log if "left_out_before" in entry] == [30]
 
 
 async def test_a_watcher_of_the_health_is_told_at_once(peer: Http2Peer) -> None:

@@ -30,10 +30,10 @@ def test_a_caller_has_as_many_streams_as_it_may_and_not_one_more() -> None:
     counted = limits(streams=2)
 
     with (
-        counted.stream("a"),
-        counted.stream("a"),
+        counted.stream("a", follow=True),
+        counted.stream("a", follow=True),
         pytest.raises(StreamLimit, match="a has 2 streams open") as caught,
-        counted.stream("a"),
+        counted.stream("a", follow=True),
     ):
         pass
 
@@ -46,25 +46,40 @@ def test_a_stream_that_has_ended_makes_room_however_it_ended() -> None:
     counted = limits(streams=1)
 
     for _ in range(3):
-        with contextlib.suppress(ConnectionError), counted.stream("a"):
+        with contextlib.suppress(ConnectionError), counted.stream("a", follow=True):
             raise ConnectionError
 
 
 def test_a_refused_stream_takes_no_room() -> None:
     counted = limits(streams=1)
-    with counted.stream("a"):
+    with counted.stream("a", follow=True):
         for _ in range(3):
-            with pytest.raises(StreamLimit), counted.stream("a"):
+            with pytest.raises(StreamLimit), counted.stream("a", follow=True):
                 pass
 
-    with counted.stream("a"):
+    with counted.stream("a", follow=True):
         pass
+
+
+def test_streams_that_end_by_themselves_are_counted_apart_from_those_that_follow() -> None:
+    counted = CallerLimits(max_streams=1)
+
+    with counted.stream("a", follow=True), counted.stream("a", follow=False):
+        with pytest.raises(StreamLimit), counted.stream("a", follow=False):
+            pass
+        with pytest.raises(StreamLimit), counted.stream("a", follow=True):
+            pass
 
 
 def test_streams_of_one_caller_do_not_count_against_another() -> None:
     counted = limits(streams=1)
 
-    with counted.stream("a"), counted.stream("b"), pytest.raises(StreamLimit), counted.stream("b"):
+    with (
+        counted.stream("a", follow=True),
+        counted.stream("b", follow=True),
+        pytest.raises(StreamLimit),
+        counted.stream("b", follow=True),
+    ):
         pass
 
 
@@ -138,7 +153,7 @@ def test_nothing_is_kept_of_callers_that_have_left() -> None:
     counted = limits(rate=10, clock=clock)
     for number in range(20_000):
         counted.count_control(f"caller-{number}")
-        with counted.stream(f"caller-{number}"):
+        with counted.stream(f"caller-{number}", follow=True):
             clock.seconds += 0.01
 
     assert len(counted._used_up) <= 1_001  # noqa: SLF001  # nothing else shows it

@@ -16,11 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent.contract.streaming import EventQuery
-from sprite_agent.errors import LoopNotFound
+from sprite_agent.errors import LoopNotFound, TokenInvalid
 from sprite_agent.face import readiness
 from sprite_agent.face.metrics import AgentMetrics
 from sprite_agent.face.server import CONTROL_NAME, SERVICE_NAME, ServeError, running
 from support.following import Follower
+from support.http2 import connected, message
 from support.repos import LOOP, event, line
 from support.runtime import SKIPS, request
 from support.waiting import DEADLINE
@@ -71,6 +72,56 @@ async def test_calls_are_counted_by_method_and_code_and_refusals_by_reason(
     assert counts(metrics, "sprite_agent_rpcs_total", method="GetSnapshot", code="NOT_FOUND") == 1
     assert counts(metrics, "sprite_agent_refusals_total", reason="LOOP_NOT_FOUND") == 1
     assert counts(metrics, "sprite_agent_rpc_seconds_count") == 2
+
+
+async def test_calls_that_never_come_to_a_handler_are_counted_once(
+    config: ServeConfig, metrics: AgentMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sprite_agent.face.intake.ARRIVAL_TIMEOUT", 0.2)
+    async with running(config) as address, connected(address) as peer:
+        streams = []
+        for sent in ((), (("authorization", "Bearer another"),), (("authorization", "Bearer another"),)):
+            streams.append(peer.begin(f"/{SERVICE_NAME}/GetInfo", sent))
+            peer.data(streams[-1], message(b""), end=True)
+        for body in (message(b"\xff no message"), b""):
+            streams.append(peer.begin(f"/{SERVICE_NAME}/GetSnapshot", METADATA))
+            peer.data(streams[-1], body, end=True)
+        streams.append(peer.begin(f"/{SERVICE_NAME}/StreamEvents", METADATA))  # and nothing more
+        for stream in streams:
+            await peer.answer(stream)
+
+    rpcs, refusals = "sprite_agent_rpcs_total", "sprite_agent_refusals_total"
+    assert counts(metrics, rpcs, method="GetInfo", code="UNAUTHENTICATED") == 3
+    assert counts(metrics, rpcs, method="GetSnapshot", code="INVALID_ARGUMENT") == 2
+    assert counts(metrics, rpcs, method="StreamEvents", code="INVALID_ARGUMENT") == 1
+    assert counts(metrics, rpcs) == 6
+    assert counts(metrics, refusals, reason="TOKEN_MISSING") == 1
+    assert counts(metrics, refusals, reason="TOKEN_INVALID") == 2
+    assert counts(metrics, refusals, reason="REQUEST_UNDECODABLE") == 3
+    assert counts(metrics, refusals) == 6
+
+
+async def test_a_stream_whose_token_is_taken_away_is_counted_once(
+    config: ServeConfig, metrics: AgentMetrics, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(config) as address:
+        transport = SpriteServiceTransport(address, token=TOKEN)
+        async with Follower(transport.events(EventQuery(loop_id=LOOP, follow=True))) as follower:
+            await follower.next()
+            monkeypatch.setattr("sprite_agent.face.access.Access.check_still", _taken_away)
+            repo.append(line(event()))
+            with pytest.raises(TokenInvalid):
+                await follower.until_lines(1)
+        await until(lambda: counts(metrics, "sprite_agent_streams_open") == 0)
+        await transport.close()
+
+    assert counts(metrics, "sprite_agent_rpcs_total", method="StreamEvents", code="UNAUTHENTICATED") == 1
+    assert counts(metrics, "sprite_agent_rpcs_total", method="StreamEvents") == 1
+    assert counts(metrics, "sprite_agent_refusals_total") == 1
+
+
+def _taken_away(*_: object) -> None:
+    raise TokenInvalid("the bearer token is no longer this agent's")
 
 
 async def test_controls_are_counted_by_how_they_came_out(

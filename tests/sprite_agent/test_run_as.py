@@ -1,4 +1,4 @@
-"""Run as another user, the command has that user's rights and nothing of the agent's."""
+"""Run as another user, the command has that user's rights and nothing of the agent's: what the sandbox names, too."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprite_agent.control import conclusion
 from sprite_agent.control.command import can_change_user, find_user
+from sprite_agent.control.processes import name_of
 from sprite_agent.errors import RuntimeUntrusted
 from sprite_agent.face.config import load_serve_config
 from sprite_agent.repo import Repo
-from support.repos import STANDIN, LoopFiles, event, line
+from support.repos import LOOP, STANDIN, LoopFiles, event, line, put
 from support.runtime import LOOKS_ONCE, executions, request, script
 
 if TYPE_CHECKING:
@@ -49,10 +51,11 @@ def loop(place: Path) -> LoopFiles:
     return loop
 
 
-def execute(place: Path, loop: LoopFiles, runtime: str) -> Any:
+def execute(place: Path, loop: LoopFiles, runtime: str, asked: Any = None) -> Any:
+    """The result of what is asked; an approve, unless told otherwise."""
     repo = Repo(loop.repo, state_folder=place / "state", runtime=runtime, user=find_user(SANDBOX))
     try:
-        return repo.execute(request("approve", confirmation=DECIDED))
+        return repo.execute(asked or request("approve", confirmation=DECIDED))
     finally:
         repo.close()
 
@@ -123,6 +126,42 @@ def test_the_command_can_write_the_repo_and_not_the_agents_state(place: Path, lo
     assert (decided["status"], len(executions(loop))) == ("confirmed", 1)
     assert output.count("ermission denied") == 2
     assert loop.approval.owner() == SANDBOX
+
+
+def test_what_the_command_writes_through_a_link_is_denied_where_its_user_may_not_write(
+    place: Path, loop: LoopFiles
+) -> None:
+    """C9: the agent's rights are not lent to who makes links."""
+    victim = place / "victim"
+    victim.write_text("kept\n")
+    log = loop.folder / "decisions.jsonl"
+    log.symlink_to(victim)
+    runtime = script(place / "superloop", f"echo decided >> {log}")
+
+    result = execute(place, loop, runtime)
+
+    assert "ermission denied" in result["output"]
+    assert (result["status"], result["effect"]) == ("failed_command", "none")
+    assert victim.read_text() == "kept\n"
+
+
+def test_a_process_that_is_not_of_the_commands_user_is_not_ended_whoever_names_it(
+    place: Path, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C10: sandbox code writes the file that says what to kill."""
+    monkeypatch.setattr(conclusion, "SETTLE", 0.05)
+    with subprocess.Popen(["sleep", "1000"]) as victim:
+        put(loop.active_run, {"loop_id": LOOP, "pid": victim.pid, "pgid": victim.pid})
+        runtime = script(place / "superloop", f"kill -9 {victim.pid}; rm {loop.active_run}")
+
+        result = execute(place, loop, runtime, request("cancel"))
+
+        assert "not permitted" in result["output"]
+        assert name_of(victim.pid) is not None
+        victim.kill()
+    assert result["status"] == "ambiguous"
+    assert result["detail"] is not None
+    assert result["detail"].endswith("and the process of its run lives")
 
 
 @pytest.mark.parametrize("writable", ["the file", "its folder", "everybody"])

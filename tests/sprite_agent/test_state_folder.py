@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sprite_agent.control.state_folder import BALLAST_BYTES, StateFolder, default_path
+from sprite_agent.control.state_folder import BALLAST_BYTES, StateFolder, default_path, repo_lock
 from sprite_agent.errors import ControlBusy, JournalUnavailable
 from sprite_agent.repo import Repo
 from support.repos import LOOP
@@ -134,6 +134,33 @@ def test_one_agent_holds_the_agent_lock(loop: LoopFiles, state: Path) -> None:
             pass
     with second.agent_lock():
         pass
+
+
+def test_one_agent_holds_the_repo_whatever_its_state_folder_is(
+    loop: LoopFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    (tmp_path / "link").symlink_to(loop.repo)
+    before = sorted(loop.repo.rglob("*"))
+
+    with repo_lock(loop.repo):
+        with pytest.raises(BlockingIOError), repo_lock(tmp_path / "link"):
+            pass
+        with repo_lock(tmp_path / "another"):
+            pass
+    with repo_lock(loop.repo):
+        pass
+
+    assert sorted(loop.repo.rglob("*")) == before
+
+
+def test_the_lock_of_a_repo_is_never_in_it(loop: LoopFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(loop.repo / "home"))
+
+    with pytest.raises(OSError, match="inside the repo"), repo_lock(loop.repo):
+        pass
+
+    assert not (loop.repo / "home").exists()
 
 
 def test_one_holds_the_lane_and_another_waits_for_it_as_long_as_it_likes(loop: LoopFiles, state: Path) -> None:

@@ -17,6 +17,7 @@ from sprite_agent.face.access import Access
 from sprite_agent.face.auth import Auth
 from sprite_agent.face.credential_files import CredentialFiles
 from sprite_agent.face.intake import Intake
+from sprite_agent.face.metrics import AgentMetrics
 from sprite_agent.face.server import SERVICE_NAME
 from sprite_agent.face.service import Identity, SpriteAgentService
 from sprite_agent.v1 import service_pb2_grpc
@@ -88,8 +89,10 @@ async def guarded(
     access = Access(CredentialFiles(sources), audience=audience, require=require, now=clock)
     made = Guarded(address=f"unix:{folder}/guarded.sock", clock=clock, access=access)
     with ThreadPoolExecutor(8, thread_name_prefix="rpc") as pool:
-        auth = Auth(access, on_refusal=lambda *refusal: made.refused.append(refusal))
-        server = grpc.aio.server(migration_thread_pool=pool, interceptors=[Intake(pool), auth, _Noting(made.parsed)])
+        metrics = AgentMetrics()
+        auth = Auth(access, metrics, on_refusal=lambda *refusal: made.refused.append(refusal))
+        intake = Intake(pool, metrics)
+        server = grpc.aio.server(migration_thread_pool=pool, interceptors=[intake, auth, _Noting(made.parsed)])
         service = SpriteAgentService(repo, Identity(instance_id="0", sprite_id=audience))
         service_pb2_grpc.add_SpriteAgentServiceServicer_to_server(service, server)
         reflection.enable_server_reflection([SERVICE_NAME], server)

@@ -16,12 +16,12 @@ import uuid
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sprite_agent.contract.confirmation import look_for_effect
-from sprite_agent.contract.requests import DEFAULT_TIMEOUT, fingerprint
+from sprite_agent.contract.requests import fingerprint
 from sprite_agent.contract.validation import validate
 from sprite_agent.control import failpoints, preconditions
 from sprite_agent.control.command import build_command, find_runtime
-from sprite_agent.control.evidence import Witness, baseline_from, take_baseline
+from sprite_agent.control.conclusion import conclude
+from sprite_agent.control.evidence import take_baseline
 from sprite_agent.control.flights import Flights
 from sprite_agent.control.journal import Journal, NewRow
 from sprite_agent.control.journal_rows import mark_of
@@ -31,11 +31,8 @@ from sprite_agent.control.results import (
     executed_result,
     executing_result,
     interrupted_result,
-    looked_result,
     not_needed_result,
     replayed,
-    skipped_result,
-    unlooked_result,
 )
 from sprite_agent.control.state_folder import free
 from sprite_agent.errors import (
@@ -54,7 +51,7 @@ if TYPE_CHECKING:
 
     from sprite_agent.artifacts import ArtifactFiles
     from sprite_agent.callers import Caller
-    from sprite_agent.contract.envelopes import ControlConfirmation, ControlRequest, ControlResult
+    from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.control.command import Runtime
     from sprite_agent.control.executions import Executions
     from sprite_agent.control.journal_rows import Entry
@@ -66,9 +63,6 @@ LANE_WAIT = 5.0
 """Seconds to wait for another command to end."""
 MAX_CONTROLS = 64
 """At once in this process, those that wait for another's included: each holds a thread of the server."""
-SETTLE = 1.0
-"""Seconds for which a cancel must go on to show: the runtime may write its state once more."""
-
 ORPHAN_WAIT = 40.0
 """Seconds that recovery waits for the command of a killed agent: it has a time limit of its own."""
 
@@ -281,27 +275,7 @@ class ControlEngine:
 
     def _conclude(self, entry: Entry, *, waited: float = 0.0) -> Entry:
         """Looks for the effect as asked, and commits the outcome; `waited` seconds of the time are over."""
-        request, result = entry.origin.request, entry.result
-        wait: ControlConfirmation = {"mode": "wait"}
-        asked = request.get("confirmation", wait)
-        final = unlooked_result(result)
-        if final is None and asked["mode"] == "skip" and result["exitCode"] == 0:
-            final = skipped_result(result)
-        if final is None:
-            patience = asked.get("timeoutSeconds", DEFAULT_TIMEOUT) if result["exitCode"] == 0 else 0.0
-            baseline = baseline_from(entry.origin.baseline)
-            loop_id = request["loopId"]
-            with Witness(lambda: self._read_loop(loop_id), self._log_of(loop_id), baseline) as witness:
-                look = look_for_effect(
-                    request["intent"],
-                    witness.look,
-                    baseline=baseline.evidence,
-                    required=asked.get("requiredEffect", "completed"),
-                    timeout=min(patience, max(0.0, patience - waited)),
-                    mark=entry.mark,
-                    settle=SETTLE if request["intent"] == "cancel" else 0.0,
-                )
-            final = looked_result(result, look, baseline.evidence, entry.mark)
+        final = conclude(entry, read_loop=self._read_loop, log_of=self._log_of, waited=waited)
         entry = self._record(entry, final)
         failpoints.hit("done")
         return entry

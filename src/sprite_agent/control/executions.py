@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.control import executor, failpoints
 from sprite_agent.control.command import build_environment
+from sprite_agent.control.durability import sync
 from sprite_agent.control.processes import is_alive, name_from_stat, pid_of
 from sprite_agent.errors import NotExecuted
 
@@ -158,7 +159,7 @@ class Executions:
             "umask": 0o022,
         }
         (place / executor.PLAN).write_bytes(json.dumps(plan).encode())
-        _sync(self._folder)  # or the mark in it could be lost with the folder
+        sync(self._folder)  # or the mark in it could be lost with the folder
         return place
 
     def _spawn(self, place: Path, gate: int, lane: int) -> subprocess.Popen[bytes]:
@@ -172,11 +173,3 @@ class Executions:
             start_new_session=True,
             pass_fds=(gate, lane),
         )
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

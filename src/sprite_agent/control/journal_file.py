@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.contract.secrets import changing, replace_guarded
 from sprite_agent.control import audit, journal_rows
+from sprite_agent.control.durability import sync
 from sprite_agent.errors import ContractError, JournalCorrupt, JournalUnavailable
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def put_aside(path: Path) -> Path | None:
             with contextlib.suppress(FileNotFoundError):
                 path.with_name(path.name + suffix).rename(kept.with_name(f"{kept.name}{path.suffix}{suffix}"))
         _marker(path).unlink(missing_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
     aside = kept.with_name(f"{kept.name}{path.suffix}")
     return aside if aside.exists() else None
 
@@ -147,7 +148,7 @@ def _make(path: Path) -> None:
             tables.execute("COMMIT")
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -188,11 +189,3 @@ def _check_marker(path: Path, journal_id: str) -> None:
 
 def _marker(path: Path) -> Path:
     return path.with_name("journal.id")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

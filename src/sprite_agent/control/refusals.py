@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sprite_agent.errors import JournalCorrupt, JournalUnavailable, Refused
+from sprite_agent.quota import Quota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,19 +16,12 @@ if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import ControlRequest
     from sprite_agent.control.journal import Journal
 
-PER_MINUTE = 100
-"""Notes; how many more there were stands in the first one of the next minute."""
-
 
 class RefusalNotes:
     """The refusals of one engine. Lives as long as it; any thread may call."""
 
-    def __init__(self) -> None:
-        # Guards the count of this minute.
-        self._lock = threading.Lock()
-        self._minute = 0
-        self._noted = 0
-        self._left_out = 0
+    def __init__(self, quota: Quota | None = None) -> None:
+        self._quota = quota or Quota()
 
     @contextlib.contextmanager
     def noted(self, request: ControlRequest, caller: Caller, journal: Callable[[], Journal]) -> Iterator[None]:
@@ -45,21 +37,11 @@ class RefusalNotes:
             raise
 
     def note(self, journal: Callable[[], Journal], facts: dict[str, Any]) -> None:
-        """Notes one refusal, unless there were too many; a journal that can't be written changes no answer."""
-        left_out = self._take_turn()
+        """Notes one refusal, unless there were too many; a journal that can't be written changes no answer.
+
+        How many were left out stands in the next one that is not.
+        """
+        left_out = self._quota.take()
         if left_out is not None:
             with contextlib.suppress(JournalCorrupt, JournalUnavailable):
                 journal().note("refused", {**facts, **({"leftOutBefore": left_out} if left_out else {})})
-
-    def _take_turn(self) -> int | None:
-        """How many were left out before; None: this one is left out too."""
-        with self._lock:
-            minute = int(time.monotonic() // 60)
-            if minute != self._minute:
-                self._minute, self._noted = minute, 0
-            if self._noted >= PER_MINUTE:
-                self._left_out += 1
-                return None
-            self._noted += 1
-            left_out, self._left_out = self._left_out, 0
-            return left_out

@@ -122,6 +122,25 @@ def free(lane: int) -> None:
     fcntl.flock(lane, fcntl.LOCK_UN)
 
 
+@contextlib.contextmanager
+def repo_lock(repo: Path) -> Iterator[None]:
+    """Held for as long as an agent of this user serves the repo, whatever its state folder is.
+
+    It is not in the repo: sandbox code could keep every agent from it there.
+
+    Raises:
+        BlockingIOError: another agent does.
+        OSError, RuntimeError: there is no place for the lock.
+    """
+    path = default_path(repo).with_suffix(".lock")
+    if path.resolve().is_relative_to(repo.resolve()):
+        raise OSError(f"{path} is inside the repo")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _open(path) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 def default_path(repo: Path) -> Path:
     """Where a repo's state folder is unless told otherwise: below $XDG_STATE_HOME, else ~/.local/state."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"

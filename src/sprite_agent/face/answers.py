@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from sprite_agent.face.metrics import AgentMetrics
+    from sprite_agent.quota import Quota
 
 _R = TypeVar("_R", bound="Message")
 _MAX_TRACE_ID = 256
@@ -86,9 +87,11 @@ class OpenCalls:
 class Answer:
     """One call's answer: its status, trailers and log line. Lives as long as the call."""
 
-    def __init__(self, method: str, request: Any, metrics: AgentMetrics | None = None) -> None:
+    def __init__(self, method: str, request: Any, metrics: AgentMetrics, *, lines: Quota | None = None) -> None:
+        """`lines`: of refusals, as many are logged as it lets pass; None: each one."""
         self._method = method
         self._metrics = metrics
+        self._lines = lines
         self.caller = CALLER.get().identity
         self._trace_id: str | None = getattr(request, "trace_id", None) or None
         self.peer = CALLER.get().address
@@ -105,7 +108,10 @@ class Answer:
         error_id = uuid.uuid4().hex[:12]
         if isinstance(error, OpsError):
             refusal = error
-            _log.info("call", code=error.status, reason=error.reason, error_id=error_id, **self._facts())
+            left_out = 0 if self._lines is None else self._lines.take()
+            if left_out is not None:
+                more = {"left_out_before": left_out} if left_out else {}
+                _log.info("call", code=error.status, reason=error.reason, error_id=error_id, **self._facts(), **more)
         else:
             refusal = internal_error(error_id)
             _log.error("call", code="INTERNAL", error_id=error_id, exc_info=error, **self._facts())
@@ -137,10 +143,9 @@ class Answer:
         context.set_trailing_metadata(tuple(trailers))
 
     def _count(self, code: str, reason: str | None = None) -> None:
-        if self._metrics is not None:
-            self._metrics.answered(self._method, code, time.monotonic() - self._started)
-            if reason is not None:
-                self._metrics.refused(reason)
+        self._metrics.answered(self._method, code, time.monotonic() - self._started)
+        if reason is not None:
+            self._metrics.refused(reason)
 
     def _facts(self) -> dict[str, Any]:
         return {

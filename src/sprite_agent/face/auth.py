@@ -11,14 +11,16 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from sprite_agent.callers import CALLER, CERTIFICATE_NAMES
-from sprite_agent.errors import OpsError, RequestUndecodable
+from sprite_agent.errors import NotAuthenticated, OpsError, RequestUndecodable
 from sprite_agent.face.access import check_control
 from sprite_agent.face.answers import Answer, meet
+from sprite_agent.quota import Quota
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from sprite_agent.face.access import Access, Call
+    from sprite_agent.face.metrics import AgentMetrics
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 """Answered without a token: they say nothing of the repo."""
@@ -34,11 +36,18 @@ class Auth(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, access: Access, *, on_refusal: Callable[[str, str], None] = lambda _reason, _identity: None
+        self,
+        access: Access,
+        metrics: AgentMetrics,
+        *,
+        on_refusal: Callable[[str, str], None] = lambda _reason, _identity: None,
     ) -> None:
         """`on_refusal` is told reason and caller of each call that is refused; by any thread, and must not block."""
         self._access = access
+        self._metrics = metrics
         self._on_refusal = on_refusal
+        # Strangers must not be able to fill the disk with lines.
+        self._strangers_lines = Quota()
 
     async def intercept_service(
         self,
@@ -83,7 +92,13 @@ class Auth(grpc.aio.ServerInterceptor):
                 request = self._admitted(call, content, handler.request_deserializer)
                 async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
-                        self._access.check_still(call, CALLER.get().proof)
+                        try:
+                            self._access.check_still(call, CALLER.get().proof)
+                        except OpsError as error:
+                            self._tell(error)
+                            with contextlib.suppress(StopAsyncIteration):
+                                await responses.athrow(error)  # the handler has its answer: one call, counted once
+                            return
                         yield response
             except Exception as error:  # noqa: BLE001  # likewise
                 self._refuse(call.method, error, context)
@@ -111,9 +126,14 @@ class Auth(grpc.aio.ServerInterceptor):
         return request
 
     def _refuse(self, method: str, error: Exception, context: Any) -> None:
-        Answer(method.rpartition("/")[2], None).fail(error, context)
+        name = method.rpartition("/")[2]
+        lines = self._strangers_lines if isinstance(error, NotAuthenticated) else None
+        Answer(name, None, self._metrics, lines=lines).fail(error, context)
         if isinstance(error, OpsError):
-            self._on_refusal(error.reason, CALLER.get().identity)
+            self._tell(error)
+
+    def _tell(self, refusal: OpsError) -> None:
+        self._on_refusal(refusal.reason, CALLER.get().identity)
 
     def _refusing(self, handler: Any, method: str, error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
         """A handler that only refuses. It reads nothing, so the answer does not wait for the request either."""

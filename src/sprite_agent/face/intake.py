@@ -17,10 +17,13 @@ from google.protobuf.message import DecodeError
 
 from sprite_agent.errors import RequestUndecodable
 from sprite_agent.face.answers import Answer, meet
+from sprite_agent.quota import Quota
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from concurrent.futures import Executor
+
+    from sprite_agent.face.metrics import AgentMetrics
 
 ARRIVAL_TIMEOUT = 10.0
 """Seconds from the head of a call to the end of its request."""
@@ -36,8 +39,11 @@ class Intake(grpc.aio.ServerInterceptor):
     coroutines: they have to set a status, not abort.
     """
 
-    def __init__(self, pool: Executor) -> None:
+    def __init__(self, pool: Executor, metrics: AgentMetrics) -> None:
         self._pool = pool
+        self._metrics = metrics
+        # Whose requests are refused here is not known yet, and strangers must not be able to fill the disk with lines.
+        self._lines = Quota()
 
     async def intercept_service(
         self,
@@ -55,7 +61,7 @@ class Intake(grpc.aio.ServerInterceptor):
         made: grpc.RpcMethodHandler[Any, Any]
         if handler.response_streaming:
             made = grpc.stream_stream_rpc_method_handler(
-                _streaming(method, handler.unary_stream), decode, handler.response_serializer
+                self._streaming(method, handler.unary_stream), decode, handler.response_serializer
             )
         else:
             made = grpc.stream_unary_rpc_method_handler(
@@ -66,7 +72,7 @@ class Intake(grpc.aio.ServerInterceptor):
     def _single(self, method: str, handler: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         async def answer(requests: AsyncIterator[Any], context: Any) -> Any:
             meet(context)
-            refused = Answer(method, None)
+            refused = Answer(method, None, self._metrics, lines=self._lines)
             try:
                 request = await _arrival(requests)
             except RequestUndecodable as refusal:
@@ -78,24 +84,23 @@ class Intake(grpc.aio.ServerInterceptor):
 
         return answer
 
+    def _streaming(self, method: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def answers(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+            meet(context)
+            refused = Answer(method, None, self._metrics, lines=self._lines)
+            try:
+                request = await _arrival(requests)
+            except RequestUndecodable as refusal:
+                refused.fail(refusal, context)
+                return
+            if inspect.iscoroutinefunction(handler):
+                await handler(request, context)  # it writes for itself, as the health service does
+                return
+            async with contextlib.aclosing(handler(request, context)) as responses:
+                async for response in responses:
+                    yield response
 
-def _streaming(method: str, handler: Callable[..., Any]) -> Callable[..., Any]:
-    async def answers(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        meet(context)
-        refused = Answer(method, None)
-        try:
-            request = await _arrival(requests)
-        except RequestUndecodable as refusal:
-            refused.fail(refusal, context)
-            return
-        if inspect.iscoroutinefunction(handler):
-            await handler(request, context)  # it writes for itself, as the health service does
-            return
-        async with contextlib.aclosing(handler(request, context)) as responses:
-            async for response in responses:
-                yield response
-
-    return answers
+        return answers
 
 
 def _or_end(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

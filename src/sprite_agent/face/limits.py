@@ -46,32 +46,34 @@ class CallerLimits:
         self._now = now
         # Guards both tables: control is counted in threads, streams in the event loop. Held for the counting only.
         self._lock = threading.Lock()
-        self._streams: Counter[str] = Counter()
+        self._streams: Counter[tuple[str, bool]] = Counter()
         self._used_up: dict[str, int] = {}
         """By caller: when the calls it has made would be over, had they come one by one at the rate (ns)."""
 
     @contextlib.contextmanager
-    def stream(self, caller: str) -> Iterator[None]:
-        """Counts a stream of the caller's for as long as the block lasts.
+    def stream(self, caller: str, *, follow: bool) -> Iterator[None]:
+        """Counts a stream of the caller's for as long as the block lasts; those that follow apart from those that end.
+
+        A manager that may follow no further loop can still read it now and then.
 
         Raises:
             StreamLimit: it has as many as it may have.
         """
         with self._lock:
-            if self._streams[caller] >= self.max_streams:
+            if self._streams[caller, follow] >= self.max_streams:
                 raise StreamLimit(
                     f"{caller} has {self.max_streams} streams open, as many as a caller may have; end one first",
                     details={"caller": caller, "limit": self.max_streams},
                     retry_after=STREAM_RETRY,
                 )
-            self._streams[caller] += 1
+            self._streams[caller, follow] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._streams[caller] -= 1
-                if not self._streams[caller]:
-                    del self._streams[caller]
+                self._streams[caller, follow] -= 1
+                if not self._streams[caller, follow]:
+                    del self._streams[caller, follow]
 
     def count_control(self, caller: str) -> None:
         """Counts a control call of the caller's.

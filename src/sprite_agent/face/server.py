@@ -27,6 +27,7 @@ from sprite_agent.face.intake import Intake
 from sprite_agent.face.limits import CallerLimits
 from sprite_agent.face.listener import bind
 from sprite_agent.face.metrics import AgentMetrics
+from sprite_agent.face.only_agent import only_agent
 from sprite_agent.face.readiness import ControlReadiness
 from sprite_agent.face.service import MAX_REQUEST_BYTES, MAX_STREAM_AGE, Identity, SpriteAgentService
 from sprite_agent.face.tls import CertificateFiles
@@ -77,6 +78,7 @@ OPTIONS = (
     ("grpc.max_connection_age_ms", 3_600_000),  # nothing lives for ever: certificates and tokens are shown anew
     ("grpc.max_connection_age_grace_ms", 60_000),  # for what is under way then
     ("grpc.so_reuseport", 0),  # two agents must not share a port
+    # No grpc.max_allowed_incoming_connections: gRPC 1.85 never gives back the place of a connection that was closed.
 )
 
 _log = structlog.get_logger("sprite_agent.face.server")
@@ -140,10 +142,8 @@ async def running(config: ServeConfig, credentials: CredentialFiles | None = Non
         raise ServeError(str(error)) from error
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(repo.folder.agent_lock())
-        except BlockingIOError as error:
-            raise ServeError(f"another agent serves this repo already (lock in {repo.folder.path})") from error
-        except OpsError as error:
+            stack.enter_context(only_agent(repo))
+        except ValueError as error:
             raise ServeError(str(error)) from error
         stack.callback(repo.close)
         _remember_replays(access, repo)
@@ -151,7 +151,7 @@ async def running(config: ServeConfig, credentials: CredentialFiles | None = Non
         metrics = AgentMetrics()
         server = grpc.aio.server(
             migration_thread_pool=pool,
-            interceptors=[Intake(pool), Auth(access, on_refusal=_refusals(metrics, repo, pool))],
+            interceptors=[Intake(pool, metrics), Auth(access, metrics, on_refusal=_refusals(repo, pool))],
             options=(
                 *OPTIONS,
                 ("grpc.max_concurrent_streams", config.max_streams_per_caller + CALLS_BESIDE_STREAMS),
@@ -204,11 +204,10 @@ def _remember_replays(access: Access, repo: Repo) -> None:
             access.replays.prime(repo.nonces())
 
 
-def _refusals(metrics: AgentMetrics, repo: Repo, pool: Executor) -> Callable[[str, str], None]:
-    """Counts refusals, and has those of callers that are known by their token noted in the audit."""
+def _refusals(repo: Repo, pool: Executor) -> Callable[[str, str], None]:
+    """Has the refusals of callers that are known by their token noted in the audit."""
 
     def refused(reason: str, identity: str) -> None:
-        metrics.refused(reason)
         if reason not in {TokenMissing.reason, TokenInvalid.reason}:
             pool.submit(repo.note_refusal, {"reason": reason, "caller": {"identity": identity}})
 

@@ -147,7 +147,8 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         with self.streams:
             try:
                 self._refuse_while_draining()
-                with self._limits.stream(CALLER.get().identity), self.metrics.stream() as lag:
+                counted = self._limits.stream(CALLER.get().identity, follow=request.follow)
+                with counted, self.metrics.stream() as lag:
                     async with contextlib.aclosing(self._repo.stream_events(_query(request))) as batches:
                         async for batch in batches:
                             left = batch.cursor["eventLineCount"] - batch.cursor["eventLineOffset"]

@@ -186,6 +186,7 @@ class SpriteAgentServiceServicer:
     def GetControl(self, request, context):
         """Looks up what became of an idempotency key. Runs nothing. NOT_FOUND
         (CONTROL_NOT_FOUND): the journal does not have the key, so nothing was run for it.
+        INVALID_ARGUMENT (LOOP_ID_INVALID) as for every call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -114,6 +114,7 @@ class SpriteAgentServiceStub:
     GetControl: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetControlRequest, _service_pb2.GetControlResponse]
     """Looks up what became of an idempotency key. Runs nothing. NOT_FOUND
     (CONTROL_NOT_FOUND): the journal does not have the key, so nothing was run for it.
+    INVALID_ARGUMENT (LOOP_ID_INVALID) as for every call.
     """
 
 @_typing.type_check_only
@@ -202,6 +203,7 @@ class SpriteAgentServiceAsyncStub(SpriteAgentServiceStub):
     GetControl: _aio.UnaryUnaryMultiCallable[_service_pb2.GetControlRequest, _service_pb2.GetControlResponse]  # type: ignore[assignment]
     """Looks up what became of an idempotency key. Runs nothing. NOT_FOUND
     (CONTROL_NOT_FOUND): the journal does not have the key, so nothing was run for it.
+    INVALID_ARGUMENT (LOOP_ID_INVALID) as for every call.
     """
 
 class SpriteAgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -317,6 +319,7 @@ class SpriteAgentServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_service_pb2.GetControlResponse, _abc.Awaitable[_service_pb2.GetControlResponse]]:
         """Looks up what became of an idempotency key. Runs nothing. NOT_FOUND
         (CONTROL_NOT_FOUND): the journal does not have the key, so nothing was run for it.
+        INVALID_ARGUMENT (LOOP_ID_INVALID) as for every call.
         """
 
 def add_SpriteAgentServiceServicer_to_server(servicer: SpriteAgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
