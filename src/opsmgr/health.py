@@ -10,6 +10,7 @@ from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
+    from opsmgr.thresholds import Thresholds
     from opsmgr.transport.base import TransportName
 
 FAILURES = {
@@ -21,31 +22,6 @@ FAILURES = {
     "reconcile_failed": "reconcile_failed",
 }
 """The reason code for each way an ingest fails."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Thresholds:
-    """From where on a figure is a reason: (degraded, critical)."""
-
-    profile: str
-    ingest_lag_seconds: tuple[int, int]
-    transport_failure_streak: tuple[int, int]
-    heartbeat_lag_seconds: tuple[int, int] = (120, 300)
-
-    def document(self) -> dict[str, Any]:
-        """As it stands in health.json."""
-        return {
-            "profile": self.profile,
-            "degradedIngestLagSeconds": self.ingest_lag_seconds[0],
-            "criticalIngestLagSeconds": self.ingest_lag_seconds[1],
-            "degradedTransportFailureStreak": self.transport_failure_streak[0],
-            "criticalTransportFailureStreak": self.transport_failure_streak[1],
-            "degradedHeartbeatLagSeconds": self.heartbeat_lag_seconds[0],
-            "criticalHeartbeatLagSeconds": self.heartbeat_lag_seconds[1],
-        }
-
-
-BALANCED = Thresholds(profile="balanced", ingest_lag_seconds=(300, 900), transport_failure_streak=(2, 4))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +43,8 @@ class Figures:
 
 def judge(figures: Figures, thresholds: Thresholds, *, now: datetime, trace_id: str | None) -> dict[str, Any]:
     """The verdict, as schema/manager_health.schema.json says."""
-    ingest_lag = _age(figures.last_event_at, now)
-    heartbeat_lag = _age(figures.last_heartbeat_at, now)
+    ingest_lag = age(figures.last_event_at, now)
+    heartbeat_lag = age(figures.last_heartbeat_at, now)
     sequence_status = member(figures.sequence, "status")
     reasons: list[dict[str, Any]] = []
 
@@ -92,8 +68,10 @@ def judge(figures: Figures, thresholds: Thresholds, *, now: datetime, trace_id: 
     if figures.last_control_status in ("ambiguous", "failed_command"):
         code = f"control_{figures.last_control_status}"
         add(code, "degraded", "lastControlStatus", figures.last_control_status, "confirmed")
-    add_above("ingest_stale", "ingestLagSeconds", ingest_lag, thresholds.ingest_lag_seconds)
-    add_above("runtime_heartbeat_stale", "heartbeatLagSeconds", heartbeat_lag, thresholds.heartbeat_lag_seconds)
+    counted = thresholds.counted(ingest_lag, figures.lifecycle_state)
+    add_above("ingest_stale", "ingestLagSeconds", counted, thresholds.ingest_lag_seconds)
+    counted = thresholds.counted(heartbeat_lag, figures.lifecycle_state)
+    add_above("runtime_heartbeat_stale", "heartbeatLagSeconds", counted, thresholds.heartbeat_lag_seconds)
     unreachable = add_above(
         "transport_unreachable",
         "transportFailureStreak",
@@ -137,7 +115,7 @@ def judge(figures: Figures, thresholds: Thresholds, *, now: datetime, trace_id: 
     }
 
 
-def _age(timestamp: str | None, now: datetime) -> int | None:
+def age(timestamp: str | None, now: datetime) -> int | None:
     """Seconds since a timestamp of the runtime's; None where it is none. Never negative."""
     if timestamp is None:
         return None

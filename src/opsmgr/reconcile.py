@@ -1,70 +1,43 @@
 """One reconcile: snapshot, events after the cursor, project, persist, judge, escalate, telemetry.
 
 The cursor is saved after what it covers. A reconcile that fails leaves state and cursor
-as they were, and still writes health and telemetry.
+as they were, and still writes health and telemetry. Whatever blocks runs in a thread, so
+that one event loop can work for many loops.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from opsmgr import store as files
 from opsmgr.agent_memory import load_memory, save_memory
-from opsmgr.cursors import Position, load_cursor, save_cursor
-from opsmgr.errors import NoAnswer
-from opsmgr.health import BALANCED, Figures, judge
+from opsmgr.cursors import load_cursor, save_cursor
+from opsmgr.escalations import find_escalations
+from opsmgr.health import Figures, judge
+from opsmgr.heartbeat import heartbeat_at, heartbeat_document
+from opsmgr.ingest import Pass, ReconcileOptions, failure_code, ingest
 from opsmgr.projection import project
 from opsmgr.sequence import check_sequence
-from opsmgr.subscription import subscribe
+from opsmgr.telemetry import heartbeat_line, reconcile_line, sequence_line, transport_health
 from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
-from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.contract.validation import validate
-from sprite_agent.errors import ContractError, HistoryRewritten, LogReplaced, LogTruncated, OpsError
+from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:
-    from opsmgr.agent_memory import AgentMemory, Escalation
-    from opsmgr.health import Thresholds
+    from collections.abc import Callable
+
+    from opsmgr.agent_memory import Escalation
+    from opsmgr.feed import Feed
     from opsmgr.store import LoopStore
-    from opsmgr.transport.base import Snapshot, Transport
-    from sprite_agent.contract.envelopes import EventEnvelope
+    from opsmgr.transport.base import Transport
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReconcileOptions:
-    """What one reconcile was asked for."""
-
-    loop_id: str
-    trace_id: str | None = None
-    run_id: str | None = None
-    from_start: bool = False
-    """Start at the first line, whatever the cursor says."""
-    max_events: int = 0
-    """Handle no more events than this; 0: all."""
-    thresholds: Thresholds = BALANCED
-
-
-@dataclass(kw_only=True, slots=True)
-class _Pass:
-    """What one reconcile has found so far."""
-
-    before: Position
-    after: Position
-    stage: str = "reconcile_failed"
-    """What it means if it fails now."""
-    snapshot: Snapshot | None = None
-    events: list[EventEnvelope] = field(default_factory=list)
-    state: dict[str, Any] | None = None
-    lost: OpsError | None = None
-    """Why the cursor no longer fitted the log, where it did not."""
-    memory: AgentMemory | None = None
-    """What is remembered of the agent, after this pass."""
-    agent: list[Escalation] = field(default_factory=list)
-    """What the memory finds wrong with what the agent says now."""
+__all__ = ["ReconcileOptions", "reconcile", "reconcile_held", "record_failure"]
 
 
 async def reconcile(transport: Transport, store: LoopStore, options: ReconcileOptions) -> dict[str, Any]:
@@ -75,100 +48,116 @@ async def reconcile(transport: Transport, store: LoopStore, options: ReconcileOp
         OpsError: it failed; health and telemetry say so.
     """
     with store.locked():
-        started, began = clock.now(), time.monotonic()
-        now = Position()
-        done = _Pass(before=now, after=now)
-        failure: OpsError | None = None
-        previous: dict[str, Any] | None = None
-        try:
-            previous = files.load(store.state)
-            done.memory = load_memory(store)
-            if not options.from_start:
-                done.before = done.after = load_cursor(store.cursor, options.loop_id)
-            await _ingest(transport, options, done)
-            done.stage = "projection_failed"
-            assert done.snapshot is not None  # noqa: S101  # ingested
-            done.state = project(options.loop_id, done.snapshot.envelope, done.events, previous)
-            done.stage = "reconcile_failed"
-        except OpsError as error:
-            failure = error
-        verdict = _judge(transport, store, options, done, previous=previous, failure=failure)
-        try:
-            _persist(transport, store, options, done, verdict)
-        except OpsError as error:
-            failure = failure or error
-            done.stage, done.state = "reconcile_failed", None
-            verdict = _judge(transport, store, options, done, previous=previous, failure=failure)
-            with contextlib.suppress(OpsError):  # what could not be written once may still not be; telemetry tells
-                _persist(transport, store, options, done, verdict)
-        health = verdict.health
-        files.append(
-            store.reconcile_telemetry,
-            {
-                "timestamp": clock.now(),
-                "startedAt": started,
-                "loopId": options.loop_id,
-                "traceId": options.trace_id,
-                "transport": transport.name,
-                "status": "success" if failure is None else "failed",
-                "failureCode": health["transport"]["failureCode"],
-                "failureMessage": None if failure is None else str(failure),
-                "cursorOffsetBefore": done.before.line,
-                "cursorOffsetAfter": done.after.line if failure is None else done.before.line,
-                "eventsIngested": len(done.events) if failure is None else 0,
-                "maxEvents": options.max_events,
-                "fromStart": options.from_start,
-                "retryAttempts": transport.attempts.retries,
-                "retryBackoffSeconds": round(transport.attempts.waited_seconds, 3),
-                "thresholdProfile": options.thresholds.profile,
-                "durationSeconds": round(time.monotonic() - began, 3),
-                "transportFailureStreak": health["metrics"]["transportFailureStreak"],
-                "healthStatus": health["status"],
-                "healthReasonCodes": health["reasonCodes"],
-            },
-        )
-    if failure is not None:
-        raise failure
+        return await reconcile_held(transport, store, options)
+
+
+async def reconcile_held(
+    transport: Transport, store: LoopStore, options: ReconcileOptions, *, feed: Feed | None = None
+) -> dict[str, Any]:
+    """Likewise for a caller that holds `store.locked()`.
+
+    Args:
+        transport: how to reach the loop.
+        store: the loop's files.
+        options: what is asked for.
+        feed: what a subscription has brought since the cursor, with malformed records passed over: the
+            events are taken from it. What was handled leaves it; if the pass fails or is cancelled before
+            it has written, all of it stays.
+
+    Raises:
+        OpsError: it failed; health and telemetry say so.
+    """
+    done = _begin(transport)
+    try:
+        await _in_thread(lambda: _load(store, options, done))
+        await ingest(transport, options, done, feed)
+    except OpsError as error:
+        done.failure = error
+    try:
+        await _in_thread(lambda: _settle(transport, store, options, done))
+    finally:  # a pass that is cancelled here has been written all the same
+        if feed is not None and done.portion is not None and done.is_kept:
+            feed.handled(done.portion)
+    if done.failure is not None:
+        raise done.failure
     assert done.state is not None  # noqa: S101  # no failure
     return done.state
 
 
-async def _ingest(transport: Transport, options: ReconcileOptions, done: _Pass) -> None:
-    """Takes the snapshot, and the events after the cursor up to where the snapshot was taken.
+async def record_failure(transport: Transport, store: LoopStore, options: ReconcileOptions, error: OpsError) -> None:
+    """Writes down that the loop can't be reached, as a reconcile would that finds so; tries nothing.
 
-    Later events wait for the next reconcile: held against an older snapshot they would look like a contradiction.
+    For a caller that holds `store.locked()`.
+
+    Raises:
+        OpsError: it can't be written.
     """
-    done.stage = "snapshot_unavailable"
-    done.snapshot = await transport.snapshot(options.loop_id, trace_id=options.trace_id, run_id=options.run_id)
-    if done.memory is not None:
-        done.agent = [*done.memory.look_at(transport.journal), *done.memory.look_into(done.snapshot.findings)]
-    done.stage = "events_unavailable"
+    done = _begin(transport)
     try:
-        await _read_events(transport, options, done, done.snapshot)
-    except (LogReplaced, LogTruncated, HistoryRewritten) as error:
-        done.lost = error
-        done.events.clear()
-        done.after = Position()
-        await _read_events(transport, options, done, done.snapshot)
+        await _in_thread(lambda: _load(store, options, done))
+    except OpsError as unreadable:
+        done.failure = unreadable
+    else:
+        done.failure, done.stage = error, "snapshot_unavailable"
+    await _in_thread(lambda: _settle(transport, store, options, done))
 
 
-async def _read_events(transport: Transport, options: ReconcileOptions, done: _Pass, snapshot: Snapshot) -> None:
-    query = EventQuery(
-        loop_id=options.loop_id,
-        after_line=done.after.line,
-        resume_token=done.after.resume_token,
-        max_events=options.max_events,
-        trace_id=options.trace_id,
+def _begin(transport: Transport) -> Pass:
+    attempts = transport.attempts
+    return Pass(
+        started_at=clock.now(),
+        began=time.monotonic(),
+        retries=attempts.retries,
+        waited_seconds=attempts.waited_seconds,
     )
-    end = snapshot.envelope["cursor"]["eventLineCount"]
-    async for batch in subscribe(transport, query):
-        within = [event for event in batch.events if event["cursor"]["eventLineOffset"] <= end]
-        done.events += within
-        if len(within) < len(batch.events):
-            line = done.events[-1]["cursor"]["eventLineOffset"] if done.events else done.after.line
-            done.after = Position(line=line, line_count=end, resume_token=snapshot.resume_token)
-            return
-        done.after = done.after.after(batch)
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Does what blocks in a thread. Cancelled, it waits for the thread: the caller may then use the files."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        if not running.cancelled():
+            running.exception()  # seen; the cancellation is what counts
+        raise
+
+
+def _load(store: LoopStore, options: ReconcileOptions, done: Pass) -> None:
+    done.previous = files.load(store.state)
+    done.sequence = files.load(store.sequence)
+    if done.sequence is None and store.cursor.exists():  # as it was kept before that file was
+        done.sequence = member(done.previous, "sequence")
+    done.memory = load_memory(store)
+    if not options.from_start:
+        done.before = done.after = load_cursor(store.cursor, options.loop_id)
+
+
+def _settle(transport: Transport, store: LoopStore, options: ReconcileOptions, done: Pass) -> None:
+    """Projects and judges a pass, and writes all that follows from it; `done` says if that failed.
+
+    Raises:
+        OpsError: not even the telemetry line can be written.
+    """
+    if done.failure is None and done.snapshot is not None:
+        try:
+            done.stage = "projection_failed"
+            done.state = project(options.loop_id, done.snapshot.envelope, done.events, done.previous)
+            done.stage = "reconcile_failed"
+        except OpsError as error:
+            done.failure = error
+    verdict = _judge(transport, store, options, done)
+    try:
+        _persist(transport, store, options, done, verdict)
+        done.is_kept = done.failure is None
+    except OpsError as error:
+        done.failure = done.failure or error
+        done.stage, done.state = "reconcile_failed", None
+        verdict = _judge(transport, store, options, done)
+        with contextlib.suppress(OpsError):  # what could not be written once may still not be; telemetry tells
+            _persist(transport, store, options, done, verdict)
+    files.append(store.reconcile_telemetry, reconcile_line(done, verdict.health, options, transport))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,68 +166,81 @@ class _Verdict:
 
     health: dict[str, Any]
     transport_health: dict[str, Any]
+    heartbeat: dict[str, Any] | None
+    """None: there was no snapshot to see it in."""
+    sequence: dict[str, Any] | None
+    """None: it was not checked."""
     escalations: list[Escalation]
 
 
-def _judge(
-    transport: Transport,
-    store: LoopStore,
-    options: ReconcileOptions,
-    done: _Pass,
-    *,
-    previous: dict[str, Any] | None,
-    failure: OpsError | None,
-) -> _Verdict:
+def _judge(transport: Transport, store: LoopStore, options: ReconcileOptions, done: Pass) -> _Verdict:
     """Judges a pass; writes nothing."""
-    failure_code = None if failure is None else _failure_code(transport, done.stage, failure)
-    transport_health = _transport_health(transport, store, options, failure_code)
+    now = datetime.now(UTC)
+    code = None if done.failure is None else failure_code(transport.name, done.stage, done.failure)
+    way = transport_health(
+        files.load_if_readable(store.transport_health),
+        transport=transport.name,
+        trace_id=options.trace_id,
+        failure_code=code,
+    )
     envelope = done.snapshot.envelope if done.snapshot else None
-    last_state = done.state or previous
-    sequence = member(previous, "sequence")
-    drifted_before = member(sequence, "driftActive") is True
-    if failure is None and envelope is not None:
+    heartbeat = None
+    if envelope is not None:
+        heartbeat = heartbeat_document(
+            envelope, options.thresholds, transport=transport.name, now=now, trace_id=options.trace_id
+        )
+        validate("manager_heartbeat", heartbeat)
+    sequence = done.sequence
+    if done.failure is None and envelope is not None:
         sequence = check_sequence(envelope, done.events, None if done.lost or options.from_start else sequence)
-    heartbeat = member(member(envelope, "runtime"), "heartbeat")
+        validate("manager_sequence", sequence)
+    projection = member(done.state or done.previous, "projection")
     health = judge(
         Figures(
             transport=transport.name,
-            failure_code=failure_code,
-            last_failure_code=transport_health["lastFailureCode"],
-            failure_streak=transport_health["failureStreak"],
-            last_event_at=_text(member(member(last_state, "projection"), "lastEventAt")),
-            last_heartbeat_at=_text(member(heartbeat, "timestamp")) or _text(member(heartbeat, "updatedAt")),
+            failure_code=code,
+            last_failure_code=way["lastFailureCode"],
+            failure_streak=way["failureStreak"],
+            last_event_at=_text(member(projection, "lastEventAt")),
+            last_heartbeat_at=heartbeat_at(envelope),
             last_control_status=_text(member(files.last_line(store.intents), "status")),
-            lifecycle_state=_text(member(member(last_state, "projection"), "status")),
+            lifecycle_state=_text(member(projection, "status")),
             diverges=member(member(done.state, "divergence"), "any") is True,
             sequence=sequence,
         ),
         options.thresholds,
-        now=datetime.now(UTC),
+        now=now,
         trace_id=options.trace_id,
     )
     validate("manager_health", health)
     if done.state is not None:
         done.state |= {"health": health, "trace": {"reconcileTraceId": options.trace_id}, "sequence": sequence}
         validate("manager_state", done.state)
-    last_health = files.load_if_readable(store.health)
+    drifted_before = member(done.sequence, "driftActive") is True
     return _Verdict(
         health=health,
-        transport_health=transport_health,
-        escalations=_escalations(done, health, last_health, drifted_before=drifted_before),
+        transport_health=way,
+        heartbeat=heartbeat,
+        sequence=sequence if done.state is not None else None,
+        escalations=find_escalations(done, health, files.load_if_readable(store.health), drifted_before=drifted_before),
     )
 
 
-def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, done: _Pass, verdict: _Verdict) -> None:
-    """Writes everything but the telemetry line; the cursor after the state that covers it.
+def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, done: Pass, verdict: _Verdict) -> None:
+    """Writes everything but the line about the pass.
+
+    The cursor comes after the state and the escalations that cover it: what a kill between them leaves undone is
+    done again, and no alarm is lost. The memory of the ordering checks comes after the cursor: events that are
+    seen again are no regression.
 
     Raises:
         InputInvalid: something can't be written.
     """
     files.save(store.transport_health, verdict.transport_health)
+    if verdict.heartbeat is not None:
+        files.save(store.heartbeat, verdict.heartbeat)
     if done.state is not None:
         files.save(store.state, done.state)
-        save_cursor(store.cursor, done.after, repo_path=done.state["source"]["repoPath"], loop_id=options.loop_id)
-    files.save(store.health, verdict.health)
     for category, evidence in verdict.escalations:
         files.append(
             store.escalations,
@@ -251,58 +253,17 @@ def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, 
                 "evidence": evidence,
             },
         )
+    if done.state is not None:
+        save_cursor(store.cursor, done.after, repo_path=done.state["source"]["repoPath"], loop_id=options.loop_id)
+    if verdict.sequence is not None:
+        files.save(store.sequence, verdict.sequence)
+    files.save(store.health, verdict.health)
+    if verdict.heartbeat is not None:
+        files.append(store.heartbeat_telemetry, heartbeat_line(verdict.heartbeat))
+    if verdict.sequence is not None:
+        files.append(store.sequence_telemetry, sequence_line(verdict.sequence, options, transport))
     if done.memory is not None and (done.memory.journal or done.memory.findings):
         save_memory(store, done.memory)  # last: what is escalated is not forgotten before it is written
-
-
-def _escalations(
-    done: _Pass, health: dict[str, Any], last_health: dict[str, Any] | None, *, drifted_before: bool
-) -> list[Escalation]:
-    """What an operator has to hear of."""
-    found: list[Escalation] = list(done.agent)
-    if done.lost is not None:
-        found.append((done.lost.reason.lower(), {"message": str(done.lost), **done.lost.details}))
-    if done.state is not None:
-        if done.state["divergence"]["any"]:
-            found.append(
-                ("divergence_detected", {"flags": done.state["divergence"]["flags"], "cursor": done.state["cursor"]})
-            )
-        if done.state["sequence"]["driftActive"] and not drifted_before:
-            found.append(("ordering_drift_detected", {"violations": done.state["sequence"]["violations"]}))
-    changed = (
-        member(last_health, "status") != health["status"] or member(last_health, "reasonCodes") != health["reasonCodes"]
-    )
-    if changed and health["status"] != "healthy":
-        found.append((f"health_{health['status']}", {"reasons": health["reasons"]}))
-    return found
-
-
-def _transport_health(
-    transport: Transport, store: LoopStore, options: ReconcileOptions, failure_code: str | None
-) -> dict[str, Any]:
-    last = files.load_if_readable(store.transport_health) or {}
-    now = clock.now()
-    streak = last.get("failureStreak")
-    return {
-        "schemaVersion": "v1",
-        "updatedAt": now,
-        "traceId": options.trace_id,
-        "transport": transport.name,
-        "lastResult": "success" if failure_code is None else "failed",
-        "failureStreak": 0 if failure_code is None else (streak if type(streak) is int else 0) + 1,
-        "lastFailureCode": failure_code or last.get("lastFailureCode"),
-        "lastSuccessAt": now if failure_code is None else last.get("lastSuccessAt"),
-        "lastFailureAt": last.get("lastFailureAt") if failure_code is None else now,
-    }
-
-
-def _failure_code(transport: Transport, stage: str, failure: OpsError) -> str:
-    if stage.endswith("_unavailable") and transport.name == "sprite_service":
-        if isinstance(failure, ContractError):
-            return "service_response_invalid"
-        if isinstance(failure, NoAnswer):
-            return "service_request_failed"
-    return stage
 
 
 def _text(value: Any) -> str | None:

@@ -18,7 +18,7 @@ DRIFT = "ordering_drift_detected"
 def check_sequence(
     snapshot: SnapshotEnvelope, events: Sequence[EventEnvelope], previous: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The verdict, as `sequence` of schema/manager_state.schema.json says.
+    """The verdict, as schema/manager_sequence.schema.json says.
 
     Args:
         snapshot: its value must not be below the last one's.

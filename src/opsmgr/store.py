@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+ROTATE_BYTES = 16 * 1024 * 1024
+"""A log that would get longer than this is begun anew, bytes."""
+KEPT = 5
+"""Logs of before are kept so many: file.jsonl.1 is the youngest."""
+_LINE_BYTES = 256 * 1024
+"""Of a log's end, where its last line is looked for."""
+
 
 class LoopStore:
     """The folder of one loop's manager artifacts. Makes what it needs when something is written."""
@@ -26,10 +33,14 @@ class LoopStore:
         self.state = folder / "state.json"
         self.cursor = folder / "cursor.json"
         self.health = folder / "health.json"
+        self.heartbeat = folder / "heartbeat.json"
+        self.sequence = folder / "sequence-state.json"
         self.agent = folder / "agent.json"
         self.intents = folder / "intents.jsonl"
         self.escalations = folder / "escalations.jsonl"
         self.reconcile_telemetry = folder / "telemetry" / "reconcile.jsonl"
+        self.heartbeat_telemetry = folder / "telemetry" / "heartbeat.jsonl"
+        self.sequence_telemetry = folder / "telemetry" / "sequence.jsonl"
         self.transport_health = folder / "telemetry" / "transport-health.json"
 
     @contextlib.contextmanager
@@ -40,7 +51,7 @@ class LoopStore:
             LoopLocked: one is at work.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(self.folder)
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise InputInvalid(f"{self.folder} can't be used: {error.strerror}") from error
@@ -111,13 +122,12 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """The last complete line's object of a log of ours; None where there is none that can be read."""
+    line = _last_line(path)
+    if line is None:  # as right after a rotation
+        line = _last_line(_before(path, 1))
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 256 * 1024))
-            lines = file.read().split(b"\n")[:-1]
-        value = json_text.parse(lines[-1], max_depth=json_text.DOCUMENT_DEPTH) if lines else None
-    except (FileNotFoundError, ContractError):
+        value = None if line is None else json_text.parse(line, max_depth=json_text.DOCUMENT_DEPTH)
+    except ContractError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -132,7 +142,7 @@ def save(path: Path, document: dict[str, Any], *, indent: bool = True) -> None:
     if indent:
         text = json_text.indented(text)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         fresh = path.parent / f".{path.name}.{uuid.uuid4().hex}"
         try:
             with fresh.open("xb") as file:
@@ -152,25 +162,91 @@ def save(path: Path, document: dict[str, Any], *, indent: bool = True) -> None:
         raise InputInvalid(f"{path} can't be written: {error.strerror}") from error
 
 
-def append(path: Path, document: dict[str, Any]) -> None:
-    """Appends one line, in one write. Keys whose value is None are kept.
+def append(path: Path, document: dict[str, Any], *, rotate_bytes: int = ROTATE_BYTES) -> None:
+    """Appends one line, in one write, and rotates the log before it gets too long. Keys whose value is None are kept.
+
+    Appenders in several processes lose, double or tear no line, across rotations too. A line
+    that one of them left torn, being killed, is ended first.
 
     Raises:
         InputInvalid: it can't be written.
     """
     line = json_text.encode(document) + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            before = os.fstat(descriptor).st_size
-            if os.write(descriptor, line) < len(line):
-                os.ftruncate(descriptor, before)  # half a line would spoil the next one
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
+        _make_folder(path.parent)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            try:
+                if _is_appended(descriptor, path, line, rotate_bytes):
+                    return
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise InputInvalid(f"{path} can't be written: {error.strerror}") from error
+
+
+def logs(path: Path) -> list[Path]:
+    """The files of a log that are there, oldest first."""
+    return [log for log in (*(_before(path, age) for age in range(KEPT, 0, -1)), path) if log.exists()]
+
+
+def _is_appended(descriptor: int, path: Path, line: bytes, rotate_bytes: int) -> bool:
+    """Appends a line; if not, the log was or has just been rotated away, and a new one is to be opened."""
+    # The lock is the log's own, held for one write or one rotation. It is given back with the descriptor.
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    found = os.fstat(descriptor)
+    try:
+        if not os.path.samestat(found, path.stat()):
+            return False
+    except FileNotFoundError:
+        return False
+    size = found.st_size
+    if size and size + len(line) > rotate_bytes:
+        _rotate(path)
+        return False
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        line = b"\n" + line
+    if os.write(descriptor, line) < len(line):
+        os.ftruncate(descriptor, size)  # half a line would spoil the next one
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return True
+
+
+def _rotate(path: Path) -> None:
+    """Makes a log the youngest of those before; the oldest goes where there are too many."""
+    # The name itself is given up last: until then no other log can be opened, locked and rotated.
+    free = next((age for age in range(1, KEPT) if not _before(path, age).exists()), KEPT)
+    for age in range(free, 1, -1):
+        _before(path, age - 1).replace(_before(path, age))
+    path.replace(_before(path, 1))
+
+
+def _before(path: Path, age: int) -> Path:
+    return path.with_name(f"{path.name}.{age}")
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder, but no repo: a path in one that is not there is a mistyped one.
+
+    Raises:
+        InputInvalid: the repo has no .superloop.
+        OSError
+    """
+    for above in folder.parents:
+        if above.name == ".superloop" and not above.is_dir():
+            raise InputInvalid(f"{above.parent} has no .superloop: it is no repo that Superloop has worked in")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _last_line(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _LINE_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    return lines[-1] if lines else None
 
 
 def _object(content: bytes, where: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
+from conformance.control_documents import CONTROL_DOCUMENTS
 from conformance.documents import DOCUMENTS, GOLDEN, GOLDEN_CASES, golden_envelopes
 from sprite_agent.contract import validation
 
@@ -43,6 +44,59 @@ ERROR: Json = {
         "traceId": None,
         "details": {"key": "key-1"},
     },
+}
+STATUS: Json = {
+    "schemaVersion": "v1",
+    "updatedAt": "2026-02-23T05:30:13Z",
+    "pid": 4711,
+    "startedAt": "2026-02-23T05:00:00Z",
+    "targets": [
+        {
+            "name": "shop",
+            "loopId": "checkout",
+            "transport": "sprite_service",
+            "address": "unix:/run/sprite-1.sock",
+            "rung": "poll",
+            "reach": "connected",
+            "lifecycle": "running",
+            "health": "degraded",
+            "reasonCodes": ["ingest_stale"],
+            "runId": "run",
+            "iteration": 2,
+            "lastEventAt": "2026-02-23T05:20:00Z",
+            "lastEventName": "role_end",
+            "hasPendingApproval": True,
+            "cursorLine": 7,
+            "behindLines": 2,
+            "frozen": "the agent's journal went back",
+            "error": {"reason": "STREAM_LIMIT", "message": "no stream is free"},
+            "retries": 1,
+            "reconnects": 3,
+            "updatedAt": "2026-02-23T05:30:12Z",
+        }
+    ],
+}
+HEARTBEAT: Json = {
+    "schemaVersion": "v1",
+    "updatedAt": "2026-02-23T05:30:13Z",
+    "traceId": "trace",
+    "loopId": "demo",
+    "transport": "local",
+    "status": "degraded",
+    "heartbeatAt": "2026-02-23T05:28:00Z",
+    "lagSeconds": 133,
+    "pid": 4711,
+    "stage": "planner",
+    "thresholds": {"degradedSeconds": 120, "criticalSeconds": 300},
+}
+SEQUENCE: Json = {
+    "status": "ordering_drift_detected",
+    "reasonCode": "ordering_drift_detected",
+    "driftActive": True,
+    "violations": ["event_sequence_regression"],
+    "lastSnapshotSequence": 5,
+    "lastEventSequence": None,
+    "updatedAt": "2026-02-23T05:30:13Z",
 }
 HEALTH: Json = {
     "schemaVersion": "v1",
@@ -178,6 +232,12 @@ def test_the_validators_agree_on_a_golden_case(case: str) -> None:
         ("manager_cursor", 200),
         ("manager_state", 700),
         ("manager_health", 700),
+        ("manager_outbox", 300),
+        ("manager_intent", 600),
+        ("manager_control", 300),
+        ("manager_control_invocation", 700),
+        ("manager_heartbeat", 150),
+        ("manager_sequence", 100),
         ("error", 300),
     ],
 )
@@ -249,12 +309,17 @@ def _python(kind: str) -> Draft202012Validator:
 
 def full_document(kind: str) -> Json:
     """A document of `kind` with about every key."""
-    if kind in DOCUMENTS:
-        return DOCUMENTS[kind]
-    if kind == "error":
-        return ERROR
-    if kind == "manager_health":
-        return HEALTH
+    known = {
+        **DOCUMENTS,
+        **CONTROL_DOCUMENTS,
+        "error": ERROR,
+        "manager_health": HEALTH,
+        "manager_heartbeat": HEARTBEAT,
+        "manager_sequence": SEQUENCE,
+        "manager_status": STATUS,
+    }
+    if kind in known:
+        return known[kind]
     name = {"manager_cursor": "cursor.json", "manager_state": "state.json"}[kind]
     golden = (GOLDEN / "real-approved-complete" / "expected" / name).read_text()
     document: Json = json.loads(golden.replace("@TIME@", "2026-02-23T05:30:13Z"))

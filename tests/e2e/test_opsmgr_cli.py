@@ -189,6 +189,7 @@ def here(repo: Path, env: dict[str, str], tmp_path: Path) -> _Loop:
 def nowhere(tmp_path: Path, env: dict[str, str]) -> _Loop:
     """A loop of an agent that is not there."""
     via = ["--transport", "sprite_service", "--service-target", f"unix:{tmp_path}/no.sock"]
+    (tmp_path / "repo").mkdir()
     return _Loop(repo=tmp_path / "repo", name="demo", via=via, env=env)
 
 
@@ -575,6 +576,43 @@ def test_a_reconcile_that_fails_exits_with_1_and_still_writes_health(loop: _Loop
     health = json.loads(loop.store.health.read_bytes())
     assert health["transport"]["failureCode"] == "events_unavailable"
     assert not loop.store.state.exists()
+
+
+def test_a_threshold_that_is_given_beats_the_profile(loop: _Loop) -> None:
+    [state] = documents(
+        loop.opsmgr("reconcile", "--threshold-profile", "strict", "--critical-ingest-lag-seconds", "4000")
+    )
+
+    thresholds = state["health"]["thresholds"]
+    assert thresholds["profile"] == "strict"
+    assert (thresholds["degradedIngestLagSeconds"], thresholds["criticalIngestLagSeconds"]) == (120, 4000)
+    [telemetry] = loop.store.reconcile_telemetry.read_text().splitlines()
+    assert json.loads(telemetry)["thresholdProfile"] == "strict"
+
+
+def test_a_catalogue_of_thresholds_can_be_given_and_its_mistakes_are_named(here: _Loop, tmp_path: Path) -> None:
+    catalogue = tmp_path / "thresholds.toml"
+    catalogue.write_text("[profiles.night]\ningest_lag_seconds = 3\n")
+
+    said = assert_one_line(
+        here.opsmgr("reconcile", "--thresholds-file", str(catalogue), "--threshold-profile", "night"),
+        1,
+        "INPUT_INVALID",
+    )
+
+    assert f"{catalogue}: profiles.night.ingest_lag_seconds is not" in said
+
+
+def test_a_mistyped_repo_gets_no_folders_over_either_transport(loop: _Loop, tmp_path: Path) -> None:
+    mistyped = tmp_path / "mistyped"
+    (tmp_path / "empty").mkdir()
+
+    for repo in (mistyped, tmp_path / "empty"):
+        words = ["--repo", str(repo), "--loop", loop.name, *loop.via]
+        assert_one_line(run("reconcile", *words, env=loop.env), 1, "INPUT_INVALID")
+
+    assert not mistyped.exists()
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_reconcile_while_another_manager_is_at_work_is_refused(here: _Loop) -> None:
@@ -1025,16 +1063,18 @@ def test_no_token_is_refused(repo: Path, agent: str, env: dict[str, str]) -> Non
     assert_one_line(loop.opsmgr("events"), 1, "TOKEN_MISSING")
 
 
-def test_without_an_answer_a_control_exits_with_3_and_says_how_to_find_out(nowhere: _Loop) -> None:
+def test_without_an_answer_a_control_exits_with_3_and_says_that_nothing_was_sent(nowhere: _Loop) -> None:
+    (nowhere.repo / ".superloop").mkdir(parents=True, exist_ok=True)
+
     ended = nowhere.opsmgr("control", "--intent", "cancel", "--by", "ada", timeout=NO_ANSWER_WITHIN)
 
     assert ended.returncode == 3
     assert ended.stdout == ""
     hint, failure = ended.stderr.splitlines()
     [recorded] = nowhere.intents
-    assert f"--idempotency-key {recorded['idempotencyKey']}" in hint
+    assert "nothing was sent" in hint
     assert failure.endswith("[NO_ANSWER]")
-    assert recorded["status"] == "ambiguous"
+    assert recorded["status"] == "failed_command"
 
 
 def test_without_an_answer_the_error_document_tells_the_calls_that_were_made(nowhere: _Loop) -> None:

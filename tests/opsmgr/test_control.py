@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from conformance import documents
-from opsmgr.control import exit_code, new_key, send
-from opsmgr.errors import NoAnswer, TransportRefused
+from opsmgr.agent_memory import AgentMemory, save_memory
+from opsmgr.control import SENDS, exit_code, new_key, resume, row_to_resume, send
+from opsmgr.errors import AgentStateRolledBack, InputInvalid, NoAnswer, TransportRefused
+from opsmgr.outbox import Outbox
 from opsmgr.store import LoopStore, default_folder
 from opsmgr.transport.base import Attempts
 from opsmgr.transport.local import LocalTransport
@@ -33,6 +36,7 @@ from support.waiting import DEADLINE
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
+    from opsmgr.outbox import Row
     from opsmgr.transport.base import AgentInfo, Snapshot, Transport, TransportName
     from sprite_agent.contract.agent_state import JournalHead
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
@@ -56,6 +60,9 @@ KEYS = {
     "confirmed",
     "commandOutput",
     "confirm",
+    "retryAttempts",
+    "retryBackoffSeconds",
+    "attemptCodes",
 }
 
 
@@ -134,6 +141,7 @@ def record(store: LoopStore) -> Json:
     [found] = records(store)
     assert found.keys() <= KEYS
     assert None not in found.values()
+    validate("manager_intent", found)
     return found
 
 
@@ -179,8 +187,11 @@ async def test_a_confirmed_intent_is_recorded_whole(transport: LocalTransport, s
         "confirmExitCode": 0,
         "confirmed": True,
         "commandOutput": f"rejected by {mark}\n",
+        "retryAttempts": 0,
+        "retryBackoffSeconds": 0.0,
+        "attemptCodes": [],
     }
-    assert confirmation == result["confirmation"]
+    assert confirmation == {**result["confirmation"], "effect": "completed", "requiredEffect": "completed"}  # type: ignore[dict-item]  # not None
     assert confirmation["reason"] == "rejection_observed"
     assert exit_code(result) == 0
 
@@ -372,6 +383,219 @@ async def test_no_error_says_that_nothing_was_run_when_something_was(
         await send(transport, store, request())
     except OpsError as error:
         assert executions(repo) == 0 or error.executed is not False  # noqa: PT017  # either way is right
+
+
+# The outbox.
+
+
+class _Losing(LocalTransport):
+    """The local transport, which loses answers on the way back, or requests on the way there."""
+
+    def __init__(self, repo: Path, state: Path, *lost: str) -> None:
+        super().__init__(repo, runtime=str(STANDIN), state_folder=state)
+        self.lost = list(lost)
+        self.sent: list[Any] = []
+
+    async def execute(self, request: ControlRequest) -> ControlResult:
+        self.sent.append(request)
+        lost = self.lost.pop(0) if self.lost else None
+        if lost == "request":
+            raise NoAnswer("no answer: the request was lost")
+        result = await super().execute(request)
+        if lost == "answer":
+            raise NoAnswer("no answer: the answer was lost")
+        return result
+
+    async def get_control(self, loop_id: str, key: str) -> ControlResult:
+        if self.lost and self.lost[0] == "all":
+            raise NoAnswer("no answer: the line is down")
+        return await super().get_control(loop_id, key)
+
+
+@pytest.fixture
+async def losing(repo: Path, tmp_path: Path) -> AsyncIterator[_Losing]:
+    transport = _Losing(repo, tmp_path / "state")
+    yield transport
+    await transport.close()
+
+
+def row_of(store: LoopStore, key: str = "key-1") -> Row:
+    row = Outbox(store).load(key)
+    assert row is not None
+    return row
+
+
+async def test_the_row_is_there_before_the_first_send(store: LoopStore) -> None:
+    class _Looking(_Failing):
+        found: Row | None = None
+
+        async def execute(self, request: ControlRequest) -> ControlResult:
+            self.found = row_of(store)
+            assert self.found.request == request
+            return documents.RESULT  # type: ignore[return-value]  # a valid one
+
+    transport = _Looking(NoAnswer("unused"))
+
+    await send(transport, store, request(), address="unix:a.sock")
+
+    assert transport.found is not None
+    assert (transport.found.state, transport.found.attempts) == ("pending", 1)
+    assert (transport.found.transport, transport.found.address) == ("sprite_service", "unix:a.sock")
+    assert row_of(store).state == "done"
+
+
+async def test_without_a_row_on_disk_nothing_is_sent(losing: _Losing, store: LoopStore, repo: Path) -> None:
+    store.folder.mkdir(parents=True)
+    (store.folder / "outbox").touch()
+
+    with pytest.raises(InputInvalid) as refused:
+        await send(losing, store, request())
+
+    assert refused.value.executed is False
+    assert losing.sent == []
+    assert executions(repo) == 0
+
+
+async def test_a_frozen_loop_gets_no_row(losing: _Losing, store: LoopStore) -> None:
+    save_memory(store, AgentMemory(frozen="the journal went back"))
+
+    with pytest.raises(AgentStateRolledBack):
+        await send(losing, store, request())
+
+    assert losing.sent == []
+    assert Outbox(store).load("key-1") is None
+
+
+async def test_a_lost_answer_is_asked_for_by_the_key(losing: _Losing, store: LoopStore, repo: Path) -> None:
+    losing.lost = ["answer"]
+
+    result = await send(losing, store, request())
+
+    assert (result["status"], len(losing.sent)) == ("confirmed", 1)
+    assert executions(repo) == 1
+    assert record(store)["status"] == "confirmed"
+    assert row_of(store).state == "done"
+
+
+async def test_a_lost_request_is_sent_again_the_same_but_for_its_attempt(
+    losing: _Losing, store: LoopStore, repo: Path
+) -> None:
+    losing.lost = ["request"]
+
+    await send(losing, store, request())
+
+    first, again = losing.sent
+    assert first == {**again, "provenance": {**again["provenance"], "attempt": 1}}
+    assert again["provenance"]["attempt"] == 2
+    assert executions(repo) == 1
+
+
+async def test_a_line_that_stays_down_leaves_a_row_that_is_resumed(
+    losing: _Losing, store: LoopStore, repo: Path
+) -> None:
+    losing.lost = ["answer", "all"]
+    with pytest.raises(NoAnswer):
+        await send(losing, store, request())
+    left = row_of(store)
+    assert (left.state, left.error) == (
+        "unknown",
+        {"reason": "NO_ANSWER", "message": "no answer: the answer was lost"},
+    )
+    losing.lost = []
+
+    result = await resume(losing, store, left)
+
+    assert (result["status"], len(losing.sent), executions(repo)) == ("confirmed", 1, 1)
+    assert row_of(store).state == "done"
+    assert [entry["status"] for entry in records(store)] == ["ambiguous", "confirmed"]
+
+
+async def test_after_so_many_lost_requests_it_is_given_up(losing: _Losing, store: LoopStore, repo: Path) -> None:
+    losing.lost = ["request"] * 10
+
+    with pytest.raises(NoAnswer):
+        await send(losing, store, request())
+
+    assert len(losing.sent) == row_of(store).attempts == SENDS
+    assert row_of(store).state == "unknown"
+    assert executions(repo) == 0
+
+
+async def test_a_refusal_leaves_a_row_that_is_not_resumed_and_whose_key_is_free(
+    losing: _Losing, store: LoopStore, repo: Path
+) -> None:
+    with pytest.raises(RunMismatch):
+        await send(losing, store, request(expectedRunId="another"))
+    assert row_of(store).state == "refused"
+    with pytest.raises(InputInvalid, match=r"RUN_MISMATCH.*nothing was run"):
+        row_to_resume(store, "key-1")
+
+    await send(losing, store, request())
+
+    assert executions(repo) == 1
+
+
+async def test_what_is_sent_again_is_sent_with_the_expectations_of_its_row(
+    losing: _Losing, store: LoopStore, repo: Path
+) -> None:
+    run_id = json.loads((repo / ".superloop" / "loops" / LOOP / "approval.json").read_bytes())["run_id"]
+    losing.lost = ["request", "all"]
+    with pytest.raises(NoAnswer):
+        await send(losing, store, request(expectedRunId=run_id))
+    losing.lost = []
+
+    await send(losing, store, request())
+
+    assert [sent["expectedRunId"] for sent in losing.sent] == [run_id, run_id]
+
+
+async def test_what_is_not_known_elsewhere_is_not_sent_there(
+    losing: _Losing, transport: LocalTransport, store: LoopStore, repo: Path
+) -> None:
+    losing.lost = ["request", "all"]
+    with pytest.raises(NoAnswer):
+        await send(losing, store, request(), address="unix:a.sock")
+
+    with pytest.raises(InputInvalid, match="find out there") as refused:
+        await resume(transport, store, row_of(store), address="unix:b.sock")
+
+    assert refused.value.executed is None
+    assert row_of(store).state == "unknown"
+    assert executions(repo) == 0
+
+
+async def test_an_intent_without_an_outcome_is_named_by_the_next_control_of_the_loop(
+    losing: _Losing, store: LoopStore
+) -> None:
+    losing.lost = ["request", "all"]
+    with pytest.raises(NoAnswer):
+        await send(losing, store, request())
+    losing.lost = []
+    told: list[str] = []
+
+    await send(losing, store, request(idempotencyKey="key-2"), tell=told.append)
+
+    [warning] = told
+    assert "opsmgr control --resume key-1" in warning
+
+
+async def test_who_interrupts_it_is_told_the_key(store: LoopStore) -> None:
+    begun, told = asyncio.Event(), list[str]()
+
+    class _Hanging(_Failing):
+        async def execute(self, request: ControlRequest) -> ControlResult:  # noqa: ARG002  # the Protocol's
+            begun.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    sending = asyncio.create_task(send(_Hanging(NoAnswer("unused")), store, request(), tell=told.append))
+    await begun.wait()
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+
+    assert "opsmgr control --resume key-1" in told[0]
+    assert row_of(store).state == "pending"
 
 
 # Keys and codes.

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from opsmgr.health import BALANCED, FAILURES, Figures, Thresholds, judge
+from opsmgr.health import FAILURES, Figures, judge
+from opsmgr.thresholds import BALANCED, Thresholds
 from sprite_agent.contract.validation import validate
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
@@ -66,6 +67,22 @@ def test_a_loop_without_any_reason_is_healthy() -> None:
     }
     assert document["evidence"] == {"lastEventAt": None, "lastHeartbeatAt": None, "sequenceUpdatedAt": None}
     assert document["traceId"] == "trace-1"
+
+
+@pytest.mark.parametrize("state", ["complete", "idle", None])
+def test_a_loop_in_a_state_that_can_not_be_stale_is_not_and_its_figures_are_told(state: str | None) -> None:
+    stale: Json = {"last_event_at": ago(5000), "last_heartbeat_at": ago(5000), "lifecycle_state": state}
+    while_running = replace(BALANCED, stale_when=("running", "awaiting_approval"))
+
+    document = health(while_running, **stale)
+
+    assert document["status"] == "healthy"
+    assert document["metrics"]["ingestLagSeconds"] == document["metrics"]["heartbeatLagSeconds"] == 5000
+    assert reasons(health(while_running, **{**stale, "lifecycle_state": "running"})) == [
+        ("ingest_stale", "critical"),
+        ("runtime_heartbeat_stale", "critical"),
+    ]
+    assert len(reasons(health(**stale))) == 2
 
 
 def test_the_times_that_were_judged_are_the_evidence() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ from sprite_agent.contract import clock
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ContractError, CursorBeyondEnd, EventMalformed, EventsNotFound, LoopNotFound, OpsError
 from support.repos import LOOP, LoopFiles, event, line, lines, put
+from support.waiting import DEADLINE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -77,6 +81,34 @@ class _Meanwhile(LocalTransport):
         return found
 
 
+AND_DIE = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from opsmgr.reconcile import ReconcileOptions, reconcile
+from opsmgr.store import LoopStore
+from opsmgr.transport.local import LocalTransport
+
+repo, journal, folder, last = sys.argv[1:]
+replace = Path.replace
+
+def replace_and_die(source, target):
+    replace(source, target)
+    if target.name == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Path.replace = replace_and_die
+transport = LocalTransport(Path(repo), state_folder=Path(journal))
+asyncio.run(reconcile(transport, LoopStore(Path(folder)), ReconcileOptions(loop_id="demo")))
+"""
+
+
+def _reconcile_and_die(loop: LoopFiles, store: LoopStore, last: str) -> None:
+    """Reconciles in a process of its own, which is killed right after it has saved the file `last`."""
+    words = [loop.repo, loop.repo.parent / "journal", store.folder, last]
+    killed = subprocess.run([sys.executable, "-c", AND_DIE, *map(str, words)], check=False, timeout=DEADLINE)
+    assert killed.returncode == -signal.SIGKILL
+
+
 class _Manager:
     """A manager of the one loop in a repo. What it has written is valid after every reconcile."""
 
@@ -102,6 +134,8 @@ class _Manager:
             "manager_state": self.store.state,
             "manager_cursor": self.store.cursor,
             "manager_health": self.store.health,
+            "manager_heartbeat": self.store.heartbeat,
+            "manager_sequence": self.store.sequence,
         }
         return {kind: path.read_bytes() for kind, path in paths.items() if path.exists()}
 
@@ -277,6 +311,122 @@ async def test_a_cursor_of_the_old_adapters_is_gone_on_from(manager: _Manager) -
 
     assert manager.telemetry[0]["eventsIngested"] == 1
     assert manager.cursor["resumeToken"] is not None
+
+
+async def test_the_checks_of_the_order_and_the_heartbeat_have_files_of_their_own(
+    manager: _Manager, loop: LoopFiles
+) -> None:
+    put(loop.heartbeat, {"timestamp": clock.now(), "pid": 4711, "stage": "planner"})
+
+    state = await manager.reconcile(trace_id="trace-1")
+
+    assert json.loads(manager.store.sequence.read_bytes()) == state["sequence"]
+    heartbeat = json.loads(manager.store.heartbeat.read_bytes())
+    assert (heartbeat["status"], heartbeat["pid"], heartbeat["stage"]) == ("fresh", 4711, "planner")
+    [entry] = read_log(manager.store.heartbeat_telemetry)
+    assert list(entry) == [
+        *("timestamp", "loopId", "traceId", "transport"),
+        *("status", "heartbeatAt", "lagSeconds", "pid", "stage"),
+    ]
+    [entry] = read_log(manager.store.sequence_telemetry)
+    assert list(entry) == [
+        *("timestamp", "loopId", "traceId", "transport"),
+        *("status", "reasonCode", "driftActive", "violations", "lastSnapshotSequence", "lastEventSequence"),
+    ]
+    assert (entry["traceId"], entry["lastEventSequence"]) == ("trace-1", 2)
+
+
+async def test_each_reconcile_that_goes_well_adds_a_line_to_every_telemetry_and_one_that_fails_only_to_its_own(
+    manager: _Manager, loop: LoopFiles
+) -> None:
+    await manager.reconcile()
+    await manager.reconcile()
+    loop.log.unlink()
+    await manager.fails(EventsNotFound)
+
+    assert len(manager.telemetry) == 3
+    assert len(read_log(manager.store.sequence_telemetry)) == 2
+    assert len(read_log(manager.store.heartbeat_telemetry)) == 2
+
+
+@pytest.mark.parametrize("reconciles", [0, 1], ids=["at first", "later"])
+@pytest.mark.parametrize("survivor", ["state.json", "cursor.json"])
+async def test_a_kill_right_after_a_file_was_saved_is_no_drift_of_the_next_reconcile(
+    manager: _Manager, loop: LoopFiles, reconciles: int, survivor: str
+) -> None:
+    for _ in range(reconciles):
+        await manager.reconcile()
+        loop.append(fresh("role_start"), fresh("role_end"))
+    _reconcile_and_die(loop, manager.store, survivor)
+    loop.append(fresh("tests_start"))
+
+    state = await manager.reconcile()
+
+    assert state["sequence"]["violations"] == []
+    assert manager.cursor["eventLineOffset"] == (5 if reconciles else 3)
+    assert "ordering_drift_detected" not in manager.categories
+
+
+@pytest.mark.parametrize("last", ["state.json", "cursor.json", "sequence-state.json", "health.json"])
+async def test_a_kill_right_after_a_file_was_saved_loses_no_escalation(
+    manager: _Manager, loop: LoopFiles, last: str
+) -> None:
+    await manager.reconcile()
+    loop.replace(b"".join(fresh(f"new_{number}") for number in range(5)))
+    _reconcile_and_die(loop, manager.store, last)
+
+    await manager.reconcile()
+
+    assert "log_replaced" in manager.categories
+
+
+async def test_both_transports_write_the_same_files(repo: LoopFiles, local: Transport, remote: Transport) -> None:
+    put(repo.state, {"active": True, "current_loop_id": LOOP, "iteration": 1})
+    put(repo.heartbeat, {"timestamp": clock.now(), "pid": 4711, "stage": "planner"})
+    folders = {transport.name: repo.repo.parent / transport.name for transport in (local, remote)}
+    steps: list[Callable[[], None]] = [
+        lambda: repo.append(fresh("loop_start"), fresh("iteration_start")),
+        lambda: repo.append(fresh("role_start"), b"[no event]\n"),
+        lambda: repo.replace(old("role_start", seconds=4000)),
+        repo.state.unlink,
+    ]
+
+    for step in steps:
+        step()
+        for transport in (local, remote):
+            with contextlib.suppress(EventMalformed):
+                await reconcile(transport, LoopStore(folders[transport.name]), ReconcileOptions(loop_id=LOOP))
+
+    ours, theirs = (_written(folder) for folder in folders.values())
+    assert ours.keys() == theirs.keys()
+    assert ours == theirs
+    assert len(ours["escalations.jsonl"]) >= 3
+
+
+def _written(folder: Path) -> dict[str, Any]:
+    """What every file of a manager holds, but for times, the transport's name and the agent's journal."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*.json*")):
+        if path.name != "agent.json":
+            found[str(path.relative_to(folder))] = [_timeless(json.loads(entry)) for entry in _entries(path)]
+    return found
+
+
+def _entries(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.suffix == ".jsonl" else [path.read_bytes()]
+
+
+def _timeless(value: Any) -> Any:
+    varying = {"transport", "mode", "durationSeconds", "timestamp", "emittedAt"}
+    if isinstance(value, dict):
+        return {
+            name: type(member).__name__
+            if isinstance(member, str) and (name in varying or name.endswith("At"))
+            else member
+            for name, member in ((name, _timeless(member)) for name, member in value.items())
+            if name not in {"durationSeconds", "lagSeconds", "ingestLagSeconds", "heartbeatLagSeconds", "observed"}
+        }
+    return [_timeless(member) for member in value] if isinstance(value, list) else value
 
 
 # What happens between the snapshot and the events.
@@ -556,7 +706,7 @@ async def test_a_drift_is_escalated_when_it_begins_and_not_while_it_lasts(manage
 
 async def test_a_drift_is_told_with_what_was_violated(manager: _Manager) -> None:
     await manager.reconcile()
-    put(manager.store.state, {**manager.state, "sequence": {"lastSnapshotSequence": 99, "lastEventSequence": 1}})
+    put(manager.store.sequence, {"lastSnapshotSequence": 99, "lastEventSequence": 1})
 
     await manager.reconcile()
 
@@ -928,7 +1078,11 @@ async def test_a_reconcile_leaves_no_draft_behind(manager: _Manager) -> None:
     assert sorted(str(path.relative_to(manager.store.folder)) for path in manager.store.folder.rglob("*.*")) == [
         "cursor.json",
         "health.json",
+        "heartbeat.json",
+        "sequence-state.json",
         "state.json",
+        "telemetry/heartbeat.jsonl",
         "telemetry/reconcile.jsonl",
+        "telemetry/sequence.jsonl",
         "telemetry/transport-health.json",
     ]

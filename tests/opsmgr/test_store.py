@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +21,6 @@ from support.waiting import DEADLINE, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 OLD = {"schemaVersion": "v1", "line": 1}
 NEW = {"schemaVersion": "v1", "line": 2, "text": "x" * 5000}
@@ -304,6 +305,106 @@ def test_the_last_line_of_a_long_log_is_found(tmp_path: Path) -> None:
     assert (files.last_line(tmp_path / "intents.jsonl") or {})["n"] == 999
 
 
+# Rotation.
+
+
+def test_appends_of_several_processes_across_rotations_are_each_there_exactly_once(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    script = (
+        "import sys; from pathlib import Path; from opsmgr import store; store.KEPT = 1000\n"
+        "for number in range(150):\n"
+        "    store.append(Path(sys.argv[1]), {'who': sys.argv[2], 'number': number}, rotate_bytes=1000)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(log), who]) for who in ("a", "b", "c")]
+    for writer in writers:
+        assert writer.wait(DEADLINE) == 0
+
+    texts = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(texts) > 10
+    assert all(len(text) <= 1000 and text.endswith("\n") for text in texts)
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert sorted((line["who"], line["number"]) for line in lines) == [
+        (who, number) for who in ("a", "b", "c") for number in range(150)
+    ]
+
+
+def test_a_log_is_rotated_before_it_gets_too_long_and_the_oldest_goes(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+
+    for number in range(8):
+        files.append(log, {"n": number}, rotate_bytes=1)
+
+    assert [json.loads(path.read_text())["n"] for path in files.logs(log)] == [2, 3, 4, 5, 6, 7]
+    assert files.logs(log)[-1] == log
+
+
+def test_a_rotation_fills_the_gap_that_a_killed_one_has_left(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    for age, path in enumerate((log, *(tmp_path / f"log.jsonl.{age}" for age in (1, 3, 4, 5)))):
+        path.write_text(f'{{"n":{-age}}}\n')
+
+    files.append(log, {"n": 1}, rotate_bytes=1)
+
+    assert [json.loads(path.read_text())["n"] for path in files.logs(log)] == [-4, -3, -2, -1, 0, 1]
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"torn":'])
+def test_the_last_line_is_found_right_after_a_rotation(tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / "log.jsonl.1").write_bytes(b'{"n":1}\n{"n":2}\n')
+    if content is not None:
+        (tmp_path / "log.jsonl").write_bytes(content)
+
+    assert files.last_line(tmp_path / "log.jsonl") == {"n": 2}
+
+
+def test_a_line_that_a_killed_process_left_torn_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"n":1}\n{"n":')
+
+    files.append(log, {"n": 3})
+
+    assert log.read_bytes() == b'{"n":1}\n{"n":\n{"n":3}\n'
+    assert files.last_line(log) == {"n": 3}
+
+
+def test_an_append_to_a_log_that_is_rotated_away_while_it_waits_goes_to_the_new_one(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"n":1}\n')
+    with log.open("rb") as old:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        script = (
+            "import sys; from pathlib import Path; from opsmgr import store\nstore.append(Path(sys.argv[1]), {'n': 2})"
+        )
+        writer = subprocess.Popen([sys.executable, "-c", script, str(log)])
+        until(lambda: _waits_for_a_lock(writer.pid), "the writer waits for the lock")
+        log.replace(tmp_path / "log.jsonl.1")
+    assert writer.wait(DEADLINE) == 0
+
+    assert (tmp_path / "log.jsonl.1").read_bytes() == b'{"n":1}\n'
+    assert log.read_bytes() == b'{"n":2}\n'
+
+
+def _waits_for_a_lock(pid: int) -> bool:
+    """Whether a process is blocked on a lock of a file, as the kernel lists them ("->" marks those that wait)."""
+    return any("->" in row and f" {pid} " in row for row in Path("/proc/locks").read_text().splitlines())
+
+
+# A repo that is none.
+
+
+def test_nothing_is_made_in_a_repo_that_is_not_there(tmp_path: Path) -> None:
+    store = LoopStore(files.default_folder(tmp_path / "mistyped", "demo"))
+
+    with pytest.raises(InputInvalid, match="mistyped has no"), store.locked():
+        pytest.fail("locked")
+    with pytest.raises(InputInvalid, match=r"has no \.superloop"):
+        files.save(store.state, OLD)
+    with pytest.raises(InputInvalid, match=r"has no \.superloop"):
+        files.append(store.intents, OLD)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 # The lock.
 
 
@@ -362,17 +463,25 @@ def test_the_files_of_a_loop_are_where_the_contract_says(tmp_path: Path) -> None
             store.state,
             store.cursor,
             store.health,
+            store.heartbeat,
+            store.sequence,
             store.intents,
             store.escalations,
             store.reconcile_telemetry,
+            store.heartbeat_telemetry,
+            store.sequence_telemetry,
             store.transport_health,
         )
     ] == [
         "state.json",
         "cursor.json",
         "health.json",
+        "heartbeat.json",
+        "sequence-state.json",
         "intents.jsonl",
         "escalations.jsonl",
         "telemetry/reconcile.jsonl",
+        "telemetry/heartbeat.jsonl",
+        "telemetry/sequence.jsonl",
         "telemetry/transport-health.json",
     ]

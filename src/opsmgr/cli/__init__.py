@@ -7,7 +7,20 @@ import os
 import click
 
 from opsmgr import __version__
-from opsmgr.cli import act, observe, reconcile
+from opsmgr.cli import (
+    act,
+    completion,
+    config,
+    cursor,
+    doctor,
+    escalations,
+    loops,
+    observe,
+    reconcile,
+    run,
+    status,
+    validate,
+)
 from opsmgr.cli.output import EXIT_USAGE
 
 click.UsageError.exit_code = EXIT_USAGE
@@ -31,7 +44,19 @@ for command in (
     reconcile.project,
     reconcile.reconcile,
     act.control,
+    act.approve,
+    act.reject,
+    act.cancel,
     act.confirm,
     act.unfreeze,
+    run.run,
+    status.status,
+    doctor.doctor,
+    loops.loops,
+    escalations.escalations,
+    cursor.cursor,
+    validate.validate,
+    config.config,
+    completion.completion,
 ):
     main.add_command(command)

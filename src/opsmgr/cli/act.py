@@ -1,4 +1,4 @@
-"""Commands that act, or look for the effect of having acted: control, confirm."""
+"""Commands that act, or look for the effect of having acted: control and its short forms, confirm, unfreeze."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from opsmgr.cli.output import EXIT_AMBIGUOUS, for_people, note, print_json, printable, reported
+from opsmgr.cli.output import EXIT_AMBIGUOUS, for_people, print_json, printable, reported
 from opsmgr.cli.target import Seconds, target_options
 
 if TYPE_CHECKING:
-    from opsmgr.cli.target import Target
-    from sprite_agent.contract.envelopes import ControlResult
+    from collections.abc import Callable
+
+    from opsmgr.targets import Target
+    from sprite_agent.contract.envelopes import ControlResult, Intent
 
 _INTENT = click.option("--intent", type=click.Choice(["cancel", "approve", "reject"]), required=True)
 _EFFECT = click.option(
@@ -26,36 +28,97 @@ _EFFECT = click.option(
     help="The effect that counts as confirmed. An approve completes only when the run is started again.",
 )
 _REQUIRED = {"completion": "completed", "decision": "decision_recorded"}
+_CONTROL = (
+    click.option("--by", help="Who asks. [default: the user's name]"),
+    click.option("--note", "why", help="Why."),
+    click.option("--idempotency-key", help="Asking again with the same key runs nothing twice. [default: a new one]"),
+    click.option(
+        "--resume",
+        metavar="KEY",
+        help="Find out what has become of an intent that was begun; send it, the same, where its key is not known.",
+    ),
+    click.option("--yes", is_flag=True, help="Do not ask, on a terminal."),
+    click.option(
+        "--timeout-seconds",
+        type=Seconds(0, 120),
+        default=30.0,
+        show_default=True,
+        help="How long to look for the effect.",
+    ),
+    click.option("--no-confirm", is_flag=True, help="Do not look for the effect."),
+    _EFFECT,
+    click.option("--expected-run-id", help="Refuse unless this is the run at hand. [default: as shown]"),
+    click.option(
+        "--expected-iteration",
+        type=click.IntRange(min=0),
+        help="Refuse unless this is the iteration at hand. [default: as shown]",
+    ),
+    click.option(
+        "--expected-approval-digest",
+        metavar="SHA256",
+        help="Refuse unless approval.json is this one. [default: as shown]",
+    ),
+    click.option("--trace-id", help="Correlates logs on both sides."),
+    click.option("--pretty", is_flag=True, help="Indented JSON."),
+    click.option("--json", is_flag=True, help="JSON, also on a terminal and for errors."),
+)
+
+
+def _control_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_CONTROL):
+        command = option(command)
+    return command
 
 
 @click.command()
 @target_options
-@_INTENT
-@click.option("--by", help="Who asks. [default: the user's name]")
-@click.option("--note", "why", help="Why.")
-@click.option("--idempotency-key", help="Asking again with the same key runs nothing twice. [default: a new one]")
-@click.option(
-    "--timeout-seconds",
-    type=Seconds(0, 120),
-    default=30.0,
-    show_default=True,
-    help="How long to look for the effect.",
-)
-@click.option("--no-confirm", is_flag=True, help="Do not look for the effect.")
-@_EFFECT
-@click.option("--expected-run-id", help="Refuse unless this is the run at hand.")
-@click.option("--expected-iteration", type=click.IntRange(min=0), help="Refuse unless this is the iteration at hand.")
-@click.option("--expected-approval-digest", metavar="SHA256", help="Refuse unless approval.json is this one.")
-@click.option("--trace-id", help="Correlates logs on both sides.")
-@click.option("--pretty", is_flag=True, help="Indented JSON.")
-@click.option("--json", is_flag=True, help="JSON, also on a terminal and for errors.")
-def control(
+@click.option("--intent", type=click.Choice(["cancel", "approve", "reject"]), help="Required, but for what is resumed.")
+@_control_options
+def control(*, intent: Intent | None, **options: Any) -> None:
+    """Cancels, approves or rejects, exactly once; looks for the effect; records it in intents.jsonl.
+
+    On a terminal it shows what it is about to act on, and asks. The intent is refused when that has changed by the
+    time it arrives. Exits with 0 when confirmed (or run, with --no-confirm), 2 when the effect was not seen in time,
+    1 when it failed or was refused, 3 when no answer came: --resume with the key finds out.
+    """
+    if intent is None and options["resume"] is None:
+        raise click.UsageError("Missing option '--intent'.")
+    _control(intent=intent, **options)
+
+
+@click.command()
+@target_options
+@_control_options
+def approve(**options: Any) -> None:
+    """Approves what the loop asks for: control --intent approve."""
+    _control(intent="approve", **options)
+
+
+@click.command()
+@target_options
+@_control_options
+def reject(**options: Any) -> None:
+    """Rejects what the loop asks for: control --intent reject."""
+    _control(intent="reject", **options)
+
+
+@click.command()
+@target_options
+@_control_options
+def cancel(**options: Any) -> None:
+    """Cancels the run: control --intent cancel."""
+    _control(intent="cancel", **options)
+
+
+def _control(
     *,
     target: Target,
-    intent: Any,
+    intent: Intent | None,
     by: str | None,
     why: str | None,
     idempotency_key: str | None,
+    resume: str | None,
+    yes: bool,
     timeout_seconds: float,
     no_confirm: bool,
     required: str,
@@ -66,14 +129,11 @@ def control(
     pretty: bool,
     json: bool,
 ) -> None:
-    """Cancels, approves or rejects, exactly once; looks for the effect; records it in intents.jsonl.
+    if resume is not None and idempotency_key not in (None, resume):
+        raise click.UsageError("--resume names the key; leave out --idempotency-key")
+    from opsmgr.cli import acting
+    from opsmgr.control import exit_code, new_key
 
-    Exits with 0 when confirmed (or run, with --no-confirm), 2 when the effect was not seen in time, 1 when it failed or
-    was refused, 3 when no answer came: then ask again with the same --idempotency-key.
-    """
-    from opsmgr.control import exit_code, new_key, send
-
-    key = idempotency_key or new_key(intent)
     given = {
         "note": why,
         "traceId": trace_id,
@@ -82,28 +142,22 @@ def control(
         "expectedApprovalDigest": expected_approval_digest,
     }
     confirmation = {"mode": "wait", "timeoutSeconds": timeout_seconds, "requiredEffect": _REQUIRED[required]}
-    request: Any = {
-        "loopId": target.loop,
-        "intent": intent,
-        "requestedBy": getpass.getuser() if by is None else by,
-        "idempotencyKey": key,
-        "confirmation": {"mode": "skip"} if no_confirm else confirmation,
-        **{name: value for name, value in given.items() if value is not None},
-    }
-
-    async def run() -> ControlResult:
-        from sprite_agent.errors import OpsError
-
-        async with target.connected() as transport:
-            try:
-                return await send(transport, target.store(), request, tell=note)
-            except OpsError as error:
-                if error.executed is None:
-                    note(f"the outcome is unknown; find out with --idempotency-key {key}")
-                raise
 
     with reported(json=json, trace_id=trace_id, acts=True):
-        result = asyncio.run(run())
+        result: ControlResult | None = None
+        if resume is not None:
+            result = acting.resumed(target, resume, intent)
+        if result is None and intent is not None:
+            request: Any = {
+                "loopId": target.loop,
+                "intent": intent,
+                "requestedBy": getpass.getuser() if by is None else by,
+                "idempotencyKey": resume or idempotency_key or new_key(intent),
+                "confirmation": {"mode": "skip"} if no_confirm else confirmation,
+                **{name: value for name, value in given.items() if value is not None},
+            }
+            result = acting.sent(target, request, yes=yes)
+        assert result is not None  # noqa: S101  # what can't be resumed without an intent is refused
         if for_people(json=json):
             click.echo(printable(_sentence(result)))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,28 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
+def ago(moment: Any) -> str:
+    """How long ago a moment was that the Sprite, or a file, tells; what is none is said to be unknown."""
+    from datetime import UTC, datetime
+
+    try:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(str(moment))).total_seconds()
+    except (ValueError, TypeError):  # no moment, or one without a zone
+        return "at an unknown moment"
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} seconds ago"
+
+
 def for_people(*, json: bool) -> bool:
     """Whether to print text: on a terminal, unless JSON was asked for."""
     return not json and sys.stdout.isatty()
+
+
+def in_color() -> bool:
+    """Whether text on a terminal may have colors: see no-color.org."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from opsmgr.cli.output import for_people, print_json, printable, reported
+from opsmgr.cli.progress import counted, progress
 from opsmgr.cli.target import target_options
+from opsmgr.cli.threshold_options import threshold_options
 
 if TYPE_CHECKING:
-    from opsmgr.cli.target import Target
+    from collections.abc import Callable
+
+    from opsmgr.targets import Target
+    from opsmgr.thresholds import Thresholds
 
 _FILE = click.Path(path_type=Path)
 
@@ -58,6 +63,7 @@ def project(
 
 @click.command()
 @target_options
+@threshold_options
 @click.option("--from-start", is_flag=True, help="Replay from the first line, whatever the cursor says.")
 @click.option("--max-events", type=click.IntRange(min=0), default=0, help="Handle no more events; 0: all.")
 @click.option("--trace-id", help="Passed on into envelopes, files and logs.")
@@ -67,6 +73,7 @@ def project(
 def reconcile(
     *,
     target: Target,
+    thresholds: Callable[[Thresholds], Thresholds],
     from_start: bool,
     max_events: int,
     trace_id: str | None,
@@ -80,10 +87,16 @@ def reconcile(
         from opsmgr.reconcile import ReconcileOptions, reconcile
 
         options = ReconcileOptions(
-            loop_id=target.loop, trace_id=trace_id, run_id=run_id, from_start=from_start, max_events=max_events
+            loop_id=target.loop,
+            trace_id=trace_id,
+            run_id=run_id,
+            from_start=from_start,
+            max_events=max_events,
+            thresholds=thresholds(target.thresholds),
         )
         async with target.connected() as transport:
-            return await reconcile(transport, target.store(), options)
+            with progress(prints=False) as line:
+                return await reconcile(counted(transport, line), target.store(), options)
 
     with reported(json=json, trace_id=trace_id):
         state = asyncio.run(run())

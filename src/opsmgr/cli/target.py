@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from opsmgr.cli.output import reported
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
-    from opsmgr.store import LoopStore
-    from opsmgr.transport.base import Transport
-    from opsmgr.transport.credentials import Credentials
-
-TOKEN_VARIABLE = "OPS_MANAGER_SERVICE_TOKEN"  # noqa: S105  # the name of a variable
-RUNTIME_VARIABLE = "SUPERLOOP_BIN"
-
+    from opsmgr.targets import Target
 
 _PATH = click.Path(path_type=Path)
-_OPTIONS = (
-    click.option("--loop", required=True, help="The loop's id."),
+
+
+def complete_target_names(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """The names in the config that begin so, for the shell."""
+    return [target.name for target in _known(context) if target.name.startswith(begun)]
+
+
+def _loop_ids(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """The loops in the config that begin so, for the shell."""
+    return sorted({target.loop for target in _known(context) if target.loop.startswith(begun)})
+
+
+def _known(context: click.Context) -> tuple[Target, ...]:
+    """The targets of the config; none where it can't be read: the shell has no place to say so."""
+    from opsmgr.config import find_config, load_config
+    from sprite_agent.errors import OpsError
+
+    try:
+        return load_config(find_config(context.params.get("config"))).targets
+    except OpsError:
+        return ()
+
+
+_NAME = click.option(
+    "--target",
+    "name",
+    shell_complete=complete_target_names,
+    help="The target of this name in the config; further options beat what it says.",
+)
+_LOOP = click.option("--loop", shell_complete=_loop_ids, help="The loop's id. [default: the target's]")
+SINGLE_OPTIONS = (
+    click.option(
+        "--config",
+        type=_PATH,
+        help="The targets. [default: $OPSMGR_CONFIG, ./opsmgr.toml, else opsmgr/opsmgr.toml below $XDG_CONFIG_HOME]",
+    ),
+    _LOOP,
     click.option("--repo", type=_PATH, help="The repo; its .superloop/ops-manager holds the manager's files."),
     click.option(
         "--transport",
         type=click.Choice(["local", "sprite_service"]),
-        default="local",
-        show_default=True,
-        help="The repo on this machine, or an agent.",
+        help="The repo on this machine, or an agent. [default: the target's, else local]",
     ),
     click.option("--service-target", metavar="HOST:PORT|unix:PATH", help="Address of the agent."),
     click.option(
         "--service-token-file",
         type=_PATH,
-        help=f"File with the agent's bearer token, mode 600. [default: ${TOKEN_VARIABLE}]",
+        help="File with the agent's bearer token, mode 600. [default: $OPS_MANAGER_SERVICE_TOKEN]",
     ),
     click.option(
         "--signing-key",
@@ -62,87 +89,9 @@ _OPTIONS = (
     click.option(
         "--superloop-bin",
         metavar="PATH",
-        help=f"The runtime's command for local control. [default: ${RUNTIME_VARIABLE}]",
+        help="The runtime's command for local control. [default: $SUPERLOOP_BIN]",
     ),
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """One loop, and how to reach it."""
-
-    loop: str
-    repo: Path | None
-    transport: str
-    service_target: str | None
-    service_token_file: Path | None
-    signing_key: Path | None
-    sprite_id: str | None
-    tls_ca: Path | None
-    tls_cert: Path | None
-    tls_key: Path | None
-    tls_server_name: str | None
-    state_dir: Path | None
-    superloop_bin: str | None
-
-    def store(self) -> LoopStore:
-        """The manager's files of the loop: in the repo that was given, else in the user's state folder."""
-        from opsmgr.store import LoopStore, default_folder
-        from sprite_agent.contract.loop_ids import check_loop_id
-
-        check_loop_id(self.loop)
-        if self.repo is not None:
-            return LoopStore(default_folder(self.repo.resolve(), self.loop))
-        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        name = "".join(char if char.isalnum() or char in ".-" else "_" for char in self.service_target or "")
-        return LoopStore(base / "opsmgr" / name / self.loop)
-
-    @contextlib.asynccontextmanager
-    async def connected(self) -> AsyncIterator[Transport]:
-        """The transport to the loop, closed at the end."""
-        transport = self._transport()
-        try:
-            yield transport
-        finally:
-            await transport.close()
-
-    def _transport(self) -> Transport:
-        if self.transport == "sprite_service":
-            from opsmgr.errors import InputInvalid
-            from opsmgr.transport.sprite_service import SpriteServiceTransport
-
-            if self.service_target is None:
-                raise click.UsageError("--transport sprite_service needs --service-target HOST:PORT or unix:PATH")
-            try:
-                return SpriteServiceTransport(self.service_target, credentials=self._credentials())
-            except (InputInvalid, ValueError) as error:
-                raise click.UsageError(str(error)) from error
-        from opsmgr.transport.local import LocalTransport
-
-        if self.service_target is not None:
-            raise click.UsageError("--service-target needs --transport sprite_service")
-        if self.repo is None:
-            raise click.UsageError("--transport local needs --repo PATH")
-        runtime = self.superloop_bin or os.environ.get(RUNTIME_VARIABLE) or None
-        return LocalTransport(self.repo, runtime=runtime, state_folder=self.state_dir)
-
-    def _credentials(self) -> Credentials:
-        from opsmgr.transport.credentials import Credentials
-        from sprite_agent.contract.secrets import read_token
-
-        signer = None
-        if self.signing_key is not None:
-            from sprite_agent.contract.signatures import load_signer
-
-            signer = load_signer(self.signing_key, audience=self.sprite_id)
-        return Credentials(
-            token=read_token(self.service_token_file, TOKEN_VARIABLE),
-            signer=signer,
-            tls_ca=self.tls_ca,
-            tls_cert=self.tls_cert,
-            tls_key=self.tls_key,
-            tls_server_name=self.tls_server_name,
-        )
 
 
 class Seconds(click.FloatRange):
@@ -156,18 +105,110 @@ class Seconds(click.FloatRange):
         return seconds
 
 
+OPTIONS = (
+    "name",
+    "config",
+    "loop",
+    "repo",
+    "transport",
+    "service_target",
+    "service_token_file",
+    "signing_key",
+    "sprite_id",
+    "tls_ca",
+    "tls_cert",
+    "tls_key",
+    "tls_server_name",
+    "state_dir",
+    "superloop_bin",
+)
+_FIELDS = {"service_target": "address", "service_token_file": "token_file"}
+"""Options that have other names than the target's fields."""
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options, and passes them on as one `target`."""
 
     @functools.wraps(command)
     def with_target(**options: Any) -> Any:
         refuse_what_is_no_text(options)
-        fields = {name: options.pop(name) for name in Target.__dataclass_fields__}
-        return command(target=Target(**fields), **options)
+        given = {name: options.pop(name) for name in OPTIONS}
+        with reported(json=options.get("json", False)):
+            target = one_target(given)
+        return command(target=target, **options)
 
-    for option in reversed(_OPTIONS):
+    for option in reversed((_NAME, *SINGLE_OPTIONS)):
         with_target = option(with_target)
     return with_target
+
+
+def loopless_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """As `target_options`, for a command on all the loops of a repo: the target is of no loop in particular."""
+
+    @functools.wraps(command)
+    def with_target(**options: Any) -> Any:
+        refuse_what_is_no_text(options)
+        given = {"loop": None, **{name: options.pop(name) for name in OPTIONS if name != "loop"}}
+        way = given["repo"] or given["service_target"]
+        with reported(json=options.get("json", False)):
+            target = one_target({**given, "loop": "any" if way and given["name"] is None else None})
+        return command(target=target, **options)
+
+    for option in reversed((_NAME, *(option for option in SINGLE_OPTIONS if option is not _LOOP))):
+        with_target = option(with_target)
+    return with_target
+
+
+def one_target(given: dict[str, Any]) -> Target:
+    """The target that the options mean."""
+    from opsmgr.targets import Target
+
+    name, config_file, loop = given.pop("name"), given.pop("config"), given["loop"]
+    fields = {_FIELDS.get(option, option): value for option, value in given.items() if value is not None}
+    if name is None and loop is not None:
+        target = Target(name=loop, **fields)
+    else:
+        configured = _configured(name, config_file)
+        if loop not in {None, configured.loop}:
+            fields["folder"] = None  # it holds the files of the target's own loop
+        if fields.get("transport") == "local":
+            fields.setdefault("address", None)
+        target = replace(configured, **fields)
+    if target.transport == "sprite_service" and target.address is None:
+        raise click.UsageError("--transport sprite_service needs --service-target HOST:PORT or unix:PATH")
+    if target.transport == "local" and target.address is not None:
+        raise click.UsageError("--service-target needs --transport sprite_service")
+    if target.transport == "local" and target.repo is None:
+        raise click.UsageError("--transport local needs --repo PATH")
+    if target.address is not None:
+        _check_way(target)
+    return target
+
+
+def _configured(name: str | None, config_file: Path | None) -> Target:
+    """The target of a name in the config, or the only one."""
+    from opsmgr.config import find_config, load_config, look_for_config
+
+    if name is None and config_file is None and look_for_config() is None:
+        raise click.UsageError("give --loop, or --target for one of the config")
+    config = load_config(find_config(config_file))
+    if name is not None:
+        return config.target(name)
+    if len(config.targets) != 1:
+        names = ", ".join(each.name for each in config.targets)
+        if config_file is None:
+            raise click.UsageError(f"give --loop, or --target for one of {config.path}: {names}")
+        raise click.UsageError(f"{config.path} has {len(config.targets)} targets; give --target: {names}")
+    return config.targets[0]
+
+
+def _check_way(target: Target) -> None:
+    from opsmgr.errors import InputInvalid
+
+    try:
+        target.credentials().read_tls(target.address or "")
+    except InputInvalid as error:
+        raise click.UsageError(str(error)) from error
 
 
 def refuse_what_is_no_text(options: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,6 +17,7 @@ from opsmgr.errors import NoAnswer, TransportRefused
 from opsmgr.transport.base import AgentInfo, Attempts, Snapshot
 from opsmgr.transport.credentials import Credentials
 from opsmgr.transport.messages import batch_from, result_from, stream_request
+from opsmgr.transport.probes import serving
 from opsmgr.transport.retry import Retries, RetryPolicy, retried
 from sprite_agent.contract import control_mirror, error_details, mirror
 from sprite_agent.contract.agent_state import Finding, JournalHead
@@ -39,6 +42,9 @@ COMMAND_ALLOWANCE = 40.0
 """Seconds a control may take beside its confirmation: waiting for its turn, and the command's time limit."""
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 """Milliseconds until another try; anything else: no other try."""
+CLOCK_SKEW = 30.0
+"""Seconds by which clocks may differ: half of what a signature lasts."""
+CLOCK_SKEW_SUSPECT = "CLOCK_SKEW_SUSPECT"
 MISSED_HEARTBEATS = 3
 """A following stream that is silent for so many intervals is dropped."""
 CHANNEL_OPTIONS = (
@@ -104,6 +110,8 @@ class SpriteServiceTransport:
         }
         self.attempts = Attempts()
         self.journal: JournalHead | None = None
+        self.clock_skew_seconds: float | None = None
+        """By how much the agent's clock is ahead, give or take a second; None: it did not say."""
 
     async def info(self) -> AgentInfo:
         """See `base.Transport`."""
@@ -124,6 +132,11 @@ class SpriteServiceTransport:
         envelope = mirror.snapshot_from_message(answer.snapshot)
         validate("loop_run_snapshot", envelope)
         findings = [Finding(found.reason, found.message) for found in answer.findings]
+        skew = self.clock_skew_seconds
+        if skew is not None and abs(skew) > CLOCK_SKEW:
+            direction = "ahead of" if skew > 0 else "behind"
+            # Without the figure: one that moves by a second is no new finding.
+            findings.append(Finding(CLOCK_SKEW_SUSPECT, f"the agent's clock is far {direction} this one"))
         return Snapshot(envelope=envelope, resume_token=answer.resume_token, findings=findings)
 
     async def events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
@@ -171,6 +184,17 @@ class SpriteServiceTransport:
         answer: pb.GetControlResponse = await self._ask("GetControl", request, READ_TIMEOUT)
         return result_from(answer.result)
 
+    async def serving(self, service: str) -> str:
+        """What the agent's health check says of a service: SERVING or not.
+
+        Raises:
+            OpsError: it says nothing.
+        """
+        try:
+            return await serving(self._channel, service)
+        except grpc.aio.AioRpcError as error:
+            raise self._translated(error) from error
+
     async def close(self) -> None:
         """See `base.Transport`."""
         await self._channel.close()
@@ -188,10 +212,13 @@ class SpriteServiceTransport:
 
         async def once() -> Any:
             metadata = self._credentials.metadata(_path(method), body, actor=actor, trace_id=trace_id)
+            call, began = self._calls[method](body, timeout=timeout, metadata=metadata), time.time()
             try:
-                answer = await self._calls[method](body, timeout=timeout, metadata=metadata)
+                answer = await call
             except grpc.aio.AioRpcError as error:
+                self._compare_clocks(error.trailing_metadata(), began)
                 raise self._translated(error) from error
+            self._compare_clocks(await call.trailing_metadata(), began)
             if answer is None:
                 raise _not_understood(ContractError("the answer is no message of this method"))
             return answer
@@ -200,6 +227,13 @@ class SpriteServiceTransport:
         if answer.HasField("journal"):
             self.journal = JournalHead(answer.journal.id, answer.journal.sequence, answer.journal.head)
         return answer
+
+    def _compare_clocks(self, metadata: Any, began: float) -> None:
+        """Notes by how much the agent's clock is ahead of this one. Nothing is set by it: the Sprite may lie."""
+        said = _text(dict(metadata or ()).get(error_details.SERVER_TIME_TRAILER))
+        with contextlib.suppress(TypeError, ValueError):
+            moment = datetime.fromisoformat(said or "").timestamp()
+            self.clock_skew_seconds = round(moment - (began + time.time()) / 2, 1)
 
     def _translated(self, error: grpc.aio.AioRpcError) -> OpsError:
         """The error that the agent sent, or else what is known of the failure."""

@@ -1,0 +1,40 @@
+"""The command that supervises a fleet: run."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from opsmgr.cli.output import reported
+
+
+@click.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="The targets. [default: ./opsmgr.toml, else opsmgr/opsmgr.toml below $XDG_CONFIG_HOME]",
+)
+@click.option("--metrics", metavar="HOST:PORT", help="Serve /metrics and /healthz there. [default: as the config says]")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+def run(*, config_file: Path | None, metrics: str | None, log_level: str) -> None:
+    """Supervises all the targets of a config until SIGTERM, then drains; SIGHUP reads the config anew.
+
+    Each target's files are kept up to date as by 'reconcile'; 'opsmgr status' tells how they are.
+    """
+    from dataclasses import replace
+
+    from opsmgr.config import find_config, load_config
+    from opsmgr.fleet import daemon
+    from sprite_agent import logs
+
+    logs.configure(log_level)
+    with reported(json=False):
+        config = load_config(find_config(config_file))
+        if metrics is not None:
+            config = replace(config, fleet=replace(config.fleet, metrics=metrics))
+        asyncio.run(daemon.run(config))

@@ -1,0 +1,142 @@
+"""What a subscription has received of a loop and no pass has handled yet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from sprite_agent.contract.json_text import member
+
+if TYPE_CHECKING:
+    from sprite_agent.contract.envelopes import EventEnvelope
+    from sprite_agent.contract.streaming import EventBatch, SkippedRecord
+    from sprite_agent.errors import OpsError
+
+
+MOST_EVENTS = 2000
+"""So many events are kept; of more, the first and the last tell all that a pass wants to know."""
+
+
+def fold(events: list[EventEnvelope]) -> tuple[list[EventEnvelope], int]:
+    """The first and the last of many events, and how many were between them; all of them, where their order is wrong.
+
+    A pass asks where events begin and end, whether they rise, and which is the last: for a
+    million of them it needs no more memory than for a few.
+    """
+    if len(events) <= MOST_EVENTS:
+        return events, 0
+    values = [member(event.get("sequence"), "value") for event in events]
+    rising = all(value is not None for value in values) and all(low < high for low, high in pairwise(values))
+    return ([events[0], events[-1]], len(events) - 2) if rising else (events, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Portion:
+    """What a pass works on. It stays in the feed until the pass says that it is handled."""
+
+    events: list[EventEnvelope]
+    folded: int
+    """How many further events were between them."""
+    skipped: list[SkippedRecord]
+    end: int
+    """The line up to which it is everything."""
+    log: int
+    """Which of the logs that the feed has had it is of."""
+
+
+class Feed:
+    """The batches of one loop in the order in which they arrived. Belongs to one event loop.
+
+    The stream puts batches in; a pass looks at a portion, writes what follows from it, and
+    says so: a pass that fails or is cancelled loses nothing.
+    """
+
+    def __init__(self) -> None:
+        self._batches: deque[EventBatch] = deque()
+        self._received = 0
+        self._handled = 0
+        self._log = 0
+        self._kept = 0
+        self._folded: list[tuple[int, int]] = []
+        """Line of the last event, and how many were left out before it, of each fold."""
+        self._more = asyncio.Event()
+        self.lost: OpsError | None = None
+        """Why the stream began anew with the first line, until a pass has written that."""
+
+    @property
+    def received(self) -> int:
+        """The line up to which everything has been put in."""
+        return self._received
+
+    def put(self, batch: EventBatch) -> None:
+        """Adds what the stream has brought."""
+        if batch.events or batch.skipped:
+            self._batches.append(batch)
+            self._kept += len(batch.events)
+            if self._kept > 2 * MOST_EVENTS:
+                self._fold()
+        self._received = batch.cursor["eventLineCount" if batch.caught_up else "eventLineOffset"]
+        self._more.set()
+
+    def start_over(self, error: OpsError) -> None:
+        """The log is another one, as `error` says: what is not handled of the old one is gone, the new one follows."""
+        self._batches.clear()
+        self._kept, self._folded = 0, []
+        self._received = self._handled = 0
+        self._log += 1
+        self.lost = error
+
+    async def reaches(self, line: int, *, within: float) -> bool:
+        """Whether everything up to `line` is in; waits for that, `within` seconds."""
+        try:
+            async with asyncio.timeout(within):
+                while self._received < line:
+                    self._more.clear()
+                    await self._more.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def portion(self, end: int, *, after: int = 0) -> Portion:
+        """What is not handled yet, from behind line `after` up to line `end`."""
+        begin = max(after, self._handled)
+        return Portion(
+            events=[
+                event
+                for batch in self._batches
+                for event in batch.events
+                if begin < event["cursor"]["eventLineOffset"] <= end
+            ],
+            folded=sum(count for line, count in self._folded if begin < line <= end),
+            skipped=[record for batch in self._batches for record in batch.skipped if begin < record.last_line <= end],
+            end=end,
+            log=self._log,
+        )
+
+    def handled(self, portion: Portion) -> None:
+        """Lets go of a portion, and of whatever else is up to its end."""
+        if portion.log != self._log:
+            return  # of a log that is gone: the new one has not been looked at
+        self._handled, self.lost = portion.end, None
+        self._folded = [(line, count) for line, count in self._folded if line > portion.end]
+        while self._batches and _last_line(self._batches[0]) <= portion.end:
+            self._kept -= len(self._batches.popleft().events)
+
+    def _fold(self) -> None:
+        """Puts all batches into one, which has the first and the last of their events."""
+        events, count = fold([event for batch in self._batches for event in batch.events])
+        if not count:
+            return
+        skipped = [record for batch in self._batches for record in batch.skipped]
+        self._folded.append((events[-1]["cursor"]["eventLineOffset"], count))
+        self._batches = deque([replace(self._batches[-1], events=events, skipped=skipped)])
+        self._kept = len(events)
+
+
+def _last_line(batch: EventBatch) -> int:
+    return max(
+        [record.last_line for record in batch.skipped] + [event["cursor"]["eventLineOffset"] for event in batch.events]
+    )

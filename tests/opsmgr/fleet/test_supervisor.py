@@ -1,0 +1,154 @@
+"""Many targets at once: none delays another, none ends another, and the status file says how they all are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from opsmgr.config import FleetSettings
+from opsmgr.fleet import slots
+from opsmgr.fleet.follower import Follower
+from opsmgr.fleet.metrics import FleetMetrics
+from opsmgr.fleet.supervisor import Supervisor
+from opsmgr.targets import Target
+from sprite_agent.contract.validation import validate
+from support.repos import LOOP, LoopFiles, event, line
+from support.waiting import DEADLINE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> FleetSettings:
+    """Two at once of whatever there is a bound on."""
+    return FleetSettings(
+        poll_seconds=0.2,
+        settle_seconds=0.02,
+        max_catch_ups=2,
+        max_passes=2,
+        status_file=tmp_path / "status.json",
+    )
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[str]:
+    """An address that takes connections and says nothing."""
+    path = tmp_path / "silent.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(64)
+        yield f"unix:{path}"
+
+
+@contextlib.asynccontextmanager
+async def supervised(settings: FleetSettings, targets: Iterable[Target]) -> AsyncIterator[Supervisor]:
+    """These targets under supervision."""
+    supervisor = Supervisor(settings, FleetMetrics())
+    await supervisor.supervise(targets)
+    running = asyncio.create_task(supervisor.run())
+    try:
+        yield supervisor
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def until(fact: Callable[[], Any], what: str) -> None:
+    try:
+        async with asyncio.timeout(DEADLINE):
+            while not fact():  # noqa: ASYNC110  # told by another task
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        pytest.fail(f"not in time: {what}")
+
+
+def here(folder: Path, name: str) -> Target:
+    """A loop on this machine, with one event."""
+    files = LoopFiles(folder / name)
+    files.append(line(event("usage_check")))
+    return Target(name=name, loop=LOOP, repo=files.repo)
+
+
+def write(target: Target) -> None:
+    """Adds an event to its log."""
+    assert target.repo is not None
+    with (target.repo / ".superloop" / "loops" / LOOP / "events.jsonl").open("ab") as log:
+        log.write(line(event("usage_check")))
+
+
+def rows(settings: FleetSettings) -> dict[str, Any]:
+    """What the status file says, by target."""
+    if not settings.status_file.exists():
+        return {}
+    document = json.loads(settings.status_file.read_text())
+    validate("manager_status", document)
+    return {row["name"]: row for row in document["targets"]}
+
+
+async def test_targets_that_have_frozen_delay_no_other(
+    settings: FleetSettings, silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "PATIENCE", 0.1)
+    frozen = [
+        Target(name=f"frozen-{n}", loop=LOOP, transport="sprite_service", address=silent, folder=tmp_path / f"f{n}")
+        for n in range(12)
+    ]
+    well = here(tmp_path, "well")
+    async with supervised(settings, [*frozen, well]):
+        await until(lambda: rows(settings).get("well", {}).get("cursorLine") == 1, "the one that is well is followed")
+        for count in range(2, 6):
+            write(well)
+            async with asyncio.timeout(3):
+                while _handled(well) < count:  # noqa: ASYNC110  # told by another task
+                    await asyncio.sleep(0.01)
+
+        assert all(rows(settings)[target.name]["reach"] != "connected" for target in frozen)
+
+
+async def test_a_bug_met_in_one_target_ends_no_other(
+    settings: FleetSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervise = Follower._supervise  # noqa: SLF001  # where a bug would be
+
+    async def broken(self: Follower, store: Any) -> None:
+        if self.view.target.name == "bad":
+            raise RuntimeError("a bug")
+        await supervise(self, store)
+
+    monkeypatch.setattr(Follower, "_supervise", broken)
+    async with supervised(settings, [here(tmp_path, "bad"), here(tmp_path, "good")]):
+        await until(lambda: rows(settings).get("good", {}).get("cursorLine") == 1, "the good one is followed")
+
+
+async def test_the_status_file_has_a_row_for_each_target_in_their_order(
+    settings: FleetSettings, tmp_path: Path
+) -> None:
+    async with supervised(settings, [here(tmp_path, name) for name in ("c", "a", "b")]):
+        await until(lambda: list(rows(settings)) == ["c", "a", "b"], "all are told")
+
+    assert not settings.status_file.exists(), "nobody keeps it current any more"
+
+
+async def test_only_what_has_changed_begins_anew(settings: FleetSettings, tmp_path: Path) -> None:
+    one, two = here(tmp_path, "one"), here(tmp_path, "two")
+    async with supervised(settings, [one, two]) as supervisor:
+        before = {view.target.name: view for view in supervisor.views()}
+        changed = Target(name="two", loop=LOOP, repo=two.repo, fallback="local")
+        await supervisor.supervise([one, changed])
+        after = {view.target.name: view for view in supervisor.views()}
+
+        assert after["one"] is before["one"]
+        assert after["two"] is not before["two"]
+        assert after["two"].target == changed
+
+
+def _handled(target: Target) -> int:
+    path = target.store().cursor
+    return int(json.loads(path.read_text())["eventLineOffset"]) if path.exists() else 0
