@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from opsmgr.client import Client, connect
     from opsmgr.control import new_key
     from opsmgr.cursors import Position
-    from opsmgr.errors import AgentStateRolledBack, InputInvalid, LoopLocked, NoAnswer, TransportRefused
+    from opsmgr.errors import AgentStateRolledBack, InputInvalid, LoopLocked, NoAnswer, NotReached, TransportRefused
     from opsmgr.event_stream import EventStream
     from opsmgr.targets import Target
     from opsmgr.transport.base import AgentInfo, Snapshot
@@ -49,7 +49,14 @@ _HOMES = {
     "opsmgr.client": ("Client", "connect"),
     "opsmgr.control": ("new_key",),
     "opsmgr.cursors": ("Position",),
-    "opsmgr.errors": ("AgentStateRolledBack", "InputInvalid", "LoopLocked", "NoAnswer", "TransportRefused"),
+    "opsmgr.errors": (
+        "AgentStateRolledBack",
+        "InputInvalid",
+        "LoopLocked",
+        "NoAnswer",
+        "NotReached",
+        "TransportRefused",
+    ),
     "opsmgr.event_stream": ("EventStream",),
     "opsmgr.targets": ("Target",),
     "opsmgr.transport.base": ("AgentInfo", "Snapshot"),
@@ -108,6 +115,7 @@ __all__ = [  # what a test holds against the above
     "NotAuthenticated",
     "NotFound",
     "NotNow",
+    "NotReached",
     "OpsError",
     "Position",
     "PositionLost",

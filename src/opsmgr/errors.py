@@ -3,6 +3,7 @@
 OpsError
 ├── NoAnswer            it is not known what became of the request: reads may be retried, a control is asked for again
 │                       with the same key
+│   └── NotReached          no connection was made: nothing was sent
 ├── TransportRefused    something before the agent refused, for good
 ├── Refused
 │   ├── InputInvalid    a file or value that was given to the manager
@@ -21,7 +22,14 @@ class NoAnswer(OpsError):
     status = "UNAVAILABLE"
     reason = "NO_ANSWER"
     retryable = True
-    executed = None
+    executed: bool | None = None
+
+
+class NotReached(NoAnswer):
+    """No connection was made, so nothing was sent, and nothing was run."""
+
+    reason = "NOT_REACHED"
+    executed = False
 
 
 class TransportRefused(Refused):

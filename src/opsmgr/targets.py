@@ -78,11 +78,13 @@ class Target:
             InputInvalid: it can't be reached this way; the message says why.
         """
         if self.transport == "sprite_service":
-            from opsmgr.transport.sprite_service import SpriteServiceTransport  # noqa: PLC0415  # slow to import
+            from opsmgr.transport.credentials import Renewal  # noqa: PLC0415  # slow to import
+            from opsmgr.transport.sprite_service import SpriteServiceTransport  # noqa: PLC0415  # likewise
 
             if self.address is None:
                 raise InputInvalid(f"target {self.name} has no address of an agent: HOST:PORT or unix:PATH")
-            return SpriteServiceTransport(self.address, credentials=self.credentials(), policy=policy)
+            files = (self.token_file, self.signing_key, self.tls_ca, self.tls_cert, self.tls_key)
+            return SpriteServiceTransport(self.address, renewal=Renewal(self.credentials, files), policy=policy)
         from opsmgr.transport.local import LocalTransport  # noqa: PLC0415  # likewise
 
         if self.repo is None:

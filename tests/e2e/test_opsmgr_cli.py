@@ -1073,7 +1073,7 @@ def test_without_an_answer_a_control_exits_with_3_and_says_that_nothing_was_sent
     hint, failure = ended.stderr.splitlines()
     [recorded] = nowhere.intents
     assert "nothing was sent" in hint
-    assert failure.endswith("[NO_ANSWER]")
+    assert failure.endswith("[NOT_REACHED]")
     assert recorded["status"] == "failed_command"
 
 
@@ -1081,8 +1081,8 @@ def test_without_an_answer_the_error_document_tells_the_calls_that_were_made(now
     ended = nowhere.opsmgr("snapshot", "--json", timeout=NO_ANSWER_WITHIN)
 
     error = error_in(ended, 3)
-    assert (error["code"], error["phase"], error["retryable"]) == ("no_answer", "connect", True)
-    assert error["executed"] is None
+    assert (error["code"], error["phase"], error["retryable"]) == ("not_reached", "connect", True)
+    assert error["executed"] is False
     assert error["attempts"] > 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,14 +12,21 @@ from sprite_agent.contract.addresses import is_local
 from sprite_agent.contract.secrets import read_guarded, read_private
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from sprite_agent.contract.signatures import Signer
 
 SIGNATURE_KEY = "x-ops-signature"  # as the contract's signatures has it, which takes long to import
 
+TlsFiles = tuple[bytes, bytes | None, bytes | None]
+"""The contents of CA, key and certificate."""
+LOOK_SECONDS = 1.0
+"""Least time between two looks at the files."""
+
 # Parts of what gRPC says of a connection that was not made, and what they mean.
 _NOT_CONNECTED = "failed to connect to all addresses"
+_NOT_FOUND = "DNS resolution failed"
 _REASONS = (
     ("Hostname Verification Check failed", "its certificate is for another name"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not accepted"),
@@ -53,7 +62,7 @@ class Credentials:
             given.append((SIGNATURE_KEY, signature))
         return tuple(given)
 
-    def read_tls(self, target: str) -> tuple[bytes, bytes | None, bytes | None] | None:
+    def read_tls(self, target: str) -> TlsFiles | None:
         """CA, key and certificate for the connection to `target`; None: it is made without TLS.
 
         Raises:
@@ -74,6 +83,11 @@ class Credentials:
         except ValueError as error:
             raise InputInvalid(str(error)) from error
 
+    @staticmethod
+    def was_connected(text: str) -> bool:
+        """Whether `text`, gRPC's own of a failure, leaves open that something was sent."""
+        return _NOT_CONNECTED not in text and _NOT_FOUND not in text
+
     def explain(self, text: str) -> str | None:
         """What gRPC means by `text` where it could not connect; None: it says so itself."""
         if _NOT_CONNECTED not in text:
@@ -84,9 +98,48 @@ class Credentials:
         return next((meaning for part, meaning in _REASONS if part in text), None)
 
 
-def _read_files(
-    ca_file: Path, cert_file: Path | None, key_file: Path | None
-) -> tuple[bytes, bytes | None, bytes | None]:
+class Renewal:
+    """Credentials that are read anew when a file of theirs has changed. Lives as long as its transport.
+
+    While a file can't be used, as in the midst of being replaced, the last ones count.
+    """
+
+    def __init__(self, read: Callable[[], Credentials], files: Iterable[Path | None]) -> None:
+        """Reads them once.
+
+        Raises:
+            InputInvalid: they can't be read.
+        """
+        self._read = read
+        self._files = [file for file in files if file is not None]
+        self._seen = self._marks()
+        self._looked = time.monotonic()
+        self._current = read()
+
+    def current(self) -> Credentials:
+        """The credentials; another object when something has changed. Looks at the files once a second at most."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            marks = self._marks()
+            if marks != self._seen:
+                with contextlib.suppress(InputInvalid):
+                    self._current, self._seen = self._read(), marks
+        return self._current
+
+    def _marks(self) -> list[tuple[int, int, int] | None]:
+        return [_mark(file) for file in self._files]
+
+
+def _mark(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read_files(ca_file: Path, cert_file: Path | None, key_file: Path | None) -> TlsFiles:
     from sprite_agent.contract.certificates import check_ca, check_pair  # noqa: PLC0415  # as slow to import as gRPC
 
     ca = read_guarded(ca_file, "CA file")

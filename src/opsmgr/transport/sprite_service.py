@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
 
-from opsmgr.errors import NoAnswer, TransportRefused
+from opsmgr.errors import InputInvalid, NoAnswer, NotReached, TransportRefused
 from opsmgr.transport.base import AgentInfo, Attempts, Snapshot
 from opsmgr.transport.credentials import Credentials
 from opsmgr.transport.messages import batch_from, result_from, stream_request
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from opsmgr.transport.base import TransportName
+    from opsmgr.transport.credentials import Renewal, TlsFiles
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.contract.streaming import EventBatch, EventQuery
     from sprite_agent.errors import OpsError
@@ -42,6 +43,8 @@ COMMAND_ALLOWANCE = 40.0
 """Seconds a control may take beside its confirmation: waiting for its turn, and the command's time limit."""
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 """Milliseconds until another try; anything else: no other try."""
+RETIREMENT = 3600.0
+"""Seconds for which streams may go on over a channel whose certificates were replaced."""
 CLOCK_SKEW = 30.0
 """Seconds by which clocks may differ: half of what a signature lasts."""
 CLOCK_SKEW_SUSPECT = "CLOCK_SKEW_SUSPECT"
@@ -62,6 +65,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
+_TOO_LARGE = "larger than max"
+"""Part of what gRPC says of a message that no other try makes smaller."""
 _SERVICE = pb.DESCRIPTOR.services_by_name["SpriteAgentService"]
 _NO_ANSWER = {
     grpc.StatusCode.UNAVAILABLE,
@@ -69,6 +74,7 @@ _NO_ANSWER = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,  # of a proxy on the way, or of gRPC itself
 }
 """Statuses that say nothing of what the agent did, where it did not send them itself."""
 
@@ -84,6 +90,7 @@ class SpriteServiceTransport:
         *,
         token: str | None = None,
         credentials: Credentials | None = None,
+        renewal: Renewal | None = None,
         policy: RetryPolicy | None = None,
     ) -> None:
         """Connects when first used.
@@ -92,22 +99,18 @@ class SpriteServiceTransport:
             target: HOST:PORT or unix:PATH of the agent.
             token: its bearer token, where that is all it asks for.
             credentials: instead of `token`.
+            renewal: instead of `credentials`, where their files may change while the transport lives.
             policy: how often to try again.
 
         Raises:
             InputInvalid: with these credentials `target` can't be reached; the message says why.
         """
         self._target = target
-        self._credentials = credentials or Credentials(token=token)
+        self._renewal = renewal
+        self._credentials = renewal.current() if renewal else credentials or Credentials(token=token)
         self._policy = policy or RetryPolicy()
-        self._channel = _open(target, self._credentials)
-        # By bytes: what is signed is what is sent, and serializing twice need not give the same.
-        self._calls: dict[str, Any] = {
-            method.name: (self._channel.unary_stream if method.server_streaming else self._channel.unary_unary)(
-                _path(method.name), response_deserializer=GetMessageClass(method.output_type).FromString
-            )
-            for method in _SERVICE.methods
-        }
+        self._retired: list[asyncio.Future[None]] = []
+        self._open(self._credentials.read_tls(target))
         self.attempts = Attempts()
         self.journal: JournalHead | None = None
         self.clock_skew_seconds: float | None = None
@@ -143,7 +146,7 @@ class SpriteServiceTransport:
         """See `base.Transport`."""
         check_query(query)
         body = stream_request(query).SerializeToString()
-        metadata = self._credentials.metadata(_path("StreamEvents"), body, actor=None, trace_id=query.trace_id)
+        metadata = self._renewed().metadata(_path("StreamEvents"), body, actor=None, trace_id=query.trace_id)
         call = self._calls["StreamEvents"](body, metadata=metadata)
         silence = MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT
         try:
@@ -198,6 +201,32 @@ class SpriteServiceTransport:
     async def close(self) -> None:
         """See `base.Transport`."""
         await self._channel.close()
+        for closing in self._retired:
+            closing.cancel()
+        await asyncio.gather(*self._retired, return_exceptions=True)
+
+    def _renewed(self) -> Credentials:
+        """The credentials as they are now; the channel is one that uses them."""
+        if self._renewal is not None and (found := self._renewal.current()) is not self._credentials:
+            with contextlib.suppress(InputInvalid):  # in the midst of being replaced
+                files = found.read_tls(self._target)
+                self._credentials = found
+                if files != self._tls:
+                    # Streams go on over the old channel until they end; they live an hour at most.
+                    self._retired.append(asyncio.ensure_future(self._channel.close(RETIREMENT)))
+                    self._open(files)
+        return self._credentials
+
+    def _open(self, tls: TlsFiles | None) -> None:
+        self._tls = tls
+        self._channel = _channel(self._target, tls, self._credentials.tls_server_name)
+        # By bytes: what is signed is what is sent, and serializing twice need not give the same.
+        self._calls: dict[str, Any] = {
+            method.name: (self._channel.unary_stream if method.server_streaming else self._channel.unary_unary)(
+                _path(method.name), response_deserializer=GetMessageClass(method.output_type).FromString
+            )
+            for method in _SERVICE.methods
+        }
 
     async def _ask(
         self,
@@ -211,7 +240,7 @@ class SpriteServiceTransport:
         trace_id = getattr(request, "trace_id", None) or None
 
         async def once() -> Any:
-            metadata = self._credentials.metadata(_path(method), body, actor=actor, trace_id=trace_id)
+            metadata = self._renewed().metadata(_path(method), body, actor=actor, trace_id=trace_id)
             call, began = self._calls[method](body, timeout=timeout, metadata=metadata), time.time()
             try:
                 answer = await call
@@ -255,20 +284,23 @@ class SpriteServiceTransport:
         if code in _NO_ANSWER:
             said = f"{code.name}: {error.details()}"
             meaning = self._credentials.explain(said)
-            said = said if meaning is None else f"{meaning} ({said})"
-            no_answer = NoAnswer(f"no answer from {self._target}: {said}", details=details)
+            told = said if meaning is None else f"{meaning} ({said})"
+            message = f"no answer from {self._target}: {told}"
+            if self._credentials.was_connected(said):
+                no_answer = NoAnswer(message, details=details)
+            else:
+                no_answer = NotReached(f"{message}; nothing was sent", details=details)
+            no_answer.retryable = _TOO_LARGE not in said
             _heed(_text(trailers.get(PUSHBACK_TRAILER)), no_answer)
             return no_answer
         return TransportRefused(f"{self._target} refused with {code.name}: {error.details()}", details=details)
 
 
-def _open(target: str, credentials: Credentials) -> grpc.aio.Channel:
-    files = credentials.read_tls(target)
-    if files is None:
+def _channel(target: str, tls: TlsFiles | None, name: str | None) -> grpc.aio.Channel:
+    if tls is None:
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-    name = credentials.tls_server_name
     named = () if name is None else (("grpc.ssl_target_name_override", name),)
-    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(*files), options=(*CHANNEL_OPTIONS, *named))
+    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(*tls), options=(*CHANNEL_OPTIONS, *named))
 
 
 def _path(method: str) -> str:
