@@ -9,10 +9,10 @@ from sprite_agent import __version__
 
 if TYPE_CHECKING:
     from opsmgr.client import Client, connect
-    from opsmgr.control import new_key
     from opsmgr.cursors import Position
     from opsmgr.errors import AgentStateRolledBack, InputInvalid, LoopLocked, NoAnswer, NotReached, TransportRefused
     from opsmgr.event_stream import EventStream
+    from opsmgr.intents.control import new_key
     from opsmgr.targets import Target
     from opsmgr.transport.base import AgentInfo, Snapshot
     from opsmgr.transport.retry import RetryPolicy
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "opsmgr.client": ("Client", "connect"),
-    "opsmgr.control": ("new_key",),
+    "opsmgr.intents.control": ("new_key",),
     "opsmgr.cursors": ("Position",),
     "opsmgr.errors": (
         "AgentStateRolledBack",

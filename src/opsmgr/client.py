@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Required, Self, TypedDict, Unpack
 
-from opsmgr.at_hand import look_at
-from opsmgr.control import new_key, send
 from opsmgr.cursors import Position
 from opsmgr.errors import InputInvalid
 from opsmgr.event_stream import EventStream
+from opsmgr.intents.at_hand import look_at
+from opsmgr.intents.control import new_key, send
 from opsmgr.targets import Target
 from opsmgr.transport.base import Snapshot
 from opsmgr.watch import PATIENT

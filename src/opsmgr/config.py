@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from opsmgr.config_text import Table
 from opsmgr.errors import InputInvalid
+from opsmgr.passes.thresholds import BALANCED, SETTINGS, load_catalogue, resolve
 from opsmgr.targets import Target
-from opsmgr.thresholds import BALANCED, SETTINGS, load_catalogue, resolve
 from sprite_agent.contract.addresses import is_local
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:
     from opsmgr.config_text import ConfigMistake
-    from opsmgr.thresholds import Catalogue, Thresholds
+    from opsmgr.passes.thresholds import Catalogue, Thresholds
 
 CONFIG_VARIABLE = "OPSMGR_CONFIG"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from opsmgr.errors import InputInvalid
+from opsmgr.passes.thresholds import BALANCED
 from opsmgr.store import LoopStore, default_folder
-from opsmgr.thresholds import BALANCED
 from sprite_agent.contract.loop_ids import check_loop_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from opsmgr.thresholds import Thresholds
+    from opsmgr.passes.thresholds import Thresholds
     from opsmgr.transport.base import Transport, TransportName
     from opsmgr.transport.credentials import Credentials
     from opsmgr.transport.retry import RetryPolicy

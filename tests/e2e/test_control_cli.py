@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr.outbox import Outbox
+from opsmgr.intents.outbox import Outbox
 from opsmgr.store import LoopStore, default_folder
 from sprite_agent.contract.envelopes import GATES
 from support.repos import LOOP, STANDIN, LoopFiles, event, line

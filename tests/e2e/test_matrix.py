@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr.control import send
-from opsmgr.reconcile import ReconcileOptions, reconcile
+from opsmgr.intents.control import send
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import OpsError
 from support.repos import LOOP, STANDIN, LoopFiles, event, line, put

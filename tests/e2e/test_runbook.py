@@ -13,7 +13,7 @@ import pytest
 import opsmgr.cli
 import opsmgr.errors
 import sprite_agent.cli
-from opsmgr.health import FAILURES
+from opsmgr.passes.health import FAILURES
 from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:

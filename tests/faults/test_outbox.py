@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr.outbox import Outbox
+from opsmgr.intents.outbox import Outbox
 from opsmgr.store import LoopStore, default_folder
 from sprite_agent.face.config import TOKEN_VARIABLE
 from support import killed_control

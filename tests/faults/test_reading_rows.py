@@ -12,7 +12,7 @@ import pytest
 
 from opsmgr.cursors import load_cursor
 from opsmgr.errors import InputInvalid
-from opsmgr.reconcile import ReconcileOptions, reconcile
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore, default_folder
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import (

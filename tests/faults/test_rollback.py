@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from opsmgr.agent_memory import unfreeze
-from opsmgr.control import send
 from opsmgr.errors import AgentStateRolledBack
-from opsmgr.reconcile import ReconcileOptions, reconcile
+from opsmgr.intents.control import send
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore
 from opsmgr.transport.retry import RetryPolicy
 from opsmgr.transport.sprite_service import SpriteServiceTransport

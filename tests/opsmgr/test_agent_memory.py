@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsmgr.agent_memory import AgentMemory, load_memory, save_memory, unfreeze
-from opsmgr.control import send
 from opsmgr.errors import AgentStateRolledBack
-from opsmgr.reconcile import ReconcileOptions, reconcile
+from opsmgr.intents.control import send
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore
 from opsmgr.transport.local import LocalTransport
 from sprite_agent.contract.agent_state import Finding, JournalHead

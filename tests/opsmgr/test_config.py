@@ -10,8 +10,8 @@ import pytest
 
 from opsmgr.config import DEFAULT_KEYS, FleetSettings, find_config, load_config
 from opsmgr.errors import InputInvalid
+from opsmgr.passes.thresholds import BALANCED, load_catalogue
 from opsmgr.targets import Target
-from opsmgr.thresholds import BALANCED, load_catalogue
 
 DOCS = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
 KEY = re.compile(r"`([a-z_]+)`")

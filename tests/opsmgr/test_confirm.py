@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr.confirm import confirm
+from opsmgr.intents.confirm import confirm
 from opsmgr.transport.local import LocalTransport
 from sprite_agent.errors import EventsNotFound
 from support.repos import LOOP, STANDIN, LoopFiles, event, line, put

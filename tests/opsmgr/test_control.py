@@ -13,9 +13,9 @@ import pytest
 
 from conformance import documents
 from opsmgr.agent_memory import AgentMemory, save_memory
-from opsmgr.control import SENDS, exit_code, new_key, resume, row_to_resume, send
 from opsmgr.errors import AgentStateRolledBack, InputInvalid, NoAnswer, TransportRefused
-from opsmgr.outbox import Outbox
+from opsmgr.intents.control import SENDS, exit_code, new_key, resume, row_to_resume, send
+from opsmgr.intents.outbox import Outbox
 from opsmgr.store import LoopStore, default_folder
 from opsmgr.transport.base import Attempts
 from opsmgr.transport.local import LocalTransport
@@ -36,7 +36,7 @@ from support.waiting import DEADLINE
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from opsmgr.outbox import Row
+    from opsmgr.intents.outbox import Row
     from opsmgr.transport.base import AgentInfo, Snapshot, Transport, TransportName
     from sprite_agent.contract.agent_state import JournalHead
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr.control import send
-from opsmgr.control_records import control_telemetry, invocation_telemetry
 from opsmgr.errors import NoAnswer
+from opsmgr.intents.control import send
+from opsmgr.intents.control_records import control_telemetry, invocation_telemetry
 from opsmgr.store import LoopStore
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ControlBusy, RunMismatch

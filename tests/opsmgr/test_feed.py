@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr import feed as feed_module
-from opsmgr import ingest
 from opsmgr.errors import InputInvalid, NoAnswer
-from opsmgr.feed import Feed, fold
-from opsmgr.reconcile import ReconcileOptions, reconcile, reconcile_held, record_failure
+from opsmgr.passes import feed as feed_module
+from opsmgr.passes import ingest
+from opsmgr.passes.feed import Feed, fold
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile, reconcile_held, record_failure
 from opsmgr.store import LoopStore, default_folder
 from opsmgr.transport.local import LocalTransport
 from sprite_agent.contract import clock

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from opsmgr.health import FAILURES, Figures, judge
-from opsmgr.thresholds import BALANCED, Thresholds
+from opsmgr.passes.health import FAILURES, Figures, judge
+from opsmgr.passes.thresholds import BALANCED, Thresholds
 from sprite_agent.contract.validation import validate
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from conformance import documents
-from opsmgr.heartbeat import heartbeat_at, heartbeat_document
-from opsmgr.thresholds import BALANCED
+from opsmgr.passes.heartbeat import heartbeat_at, heartbeat_document
+from opsmgr.passes.thresholds import BALANCED
 from sprite_agent.contract.validation import validate
 
 Json = dict[str, Any]

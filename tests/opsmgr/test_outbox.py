@@ -11,7 +11,7 @@ import pytest
 
 from conformance import control_documents, documents
 from opsmgr.errors import InputInvalid
-from opsmgr.outbox import KEPT, Outbox, Row
+from opsmgr.intents.outbox import KEPT, Outbox, Row
 from opsmgr.store import LoopStore
 from sprite_agent.contract.validation import validate
 from support.repos import put

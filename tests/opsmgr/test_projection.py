@@ -9,7 +9,7 @@ import pytest
 
 from conformance import documents
 from opsmgr.errors import InputInvalid
-from opsmgr.projection import project
+from opsmgr.passes.projection import project
 from sprite_agent.contract.validation import validate
 
 LOOP = "loop"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsmgr.errors import InputInvalid, LoopLocked, NoAnswer
-from opsmgr.reconcile import ReconcileOptions, reconcile
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore, append, default_folder
 from opsmgr.transport.local import LocalTransport
 from opsmgr.transport.retry import RetryPolicy
@@ -84,7 +84,7 @@ class _Meanwhile(LocalTransport):
 AND_DIE = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from opsmgr.reconcile import ReconcileOptions, reconcile
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore
 from opsmgr.transport.local import LocalTransport
 

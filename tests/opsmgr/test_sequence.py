@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from conformance import documents
-from opsmgr.projection import project
-from opsmgr.sequence import check_sequence
+from opsmgr.passes.projection import project
+from opsmgr.passes.sequence import check_sequence
 from sprite_agent.contract.validation import validate
 
 Json = dict[str, Any]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from opsmgr.errors import InputInvalid
+from opsmgr.passes.thresholds import load_catalogue
 from opsmgr.targets import Target
-from opsmgr.thresholds import load_catalogue
 from opsmgr.transport.local import LocalTransport
 
 

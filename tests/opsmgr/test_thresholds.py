@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsmgr.errors import InputInvalid
-from opsmgr.thresholds import BALANCED, SETTINGS, STATES, load_catalogue, override, resolve
+from opsmgr.passes.thresholds import BALANCED, SETTINGS, STATES, load_catalogue, override, resolve
 from sprite_agent.contract.validation import schemas
 
 if TYPE_CHECKING:

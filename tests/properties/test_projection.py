@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsmgr.projection import project
+from opsmgr.passes.projection import project
 from properties import strategies
 from sprite_agent.contract.validation import validate
 

@@ -12,8 +12,8 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from opsmgr import cli
-from opsmgr.control_records import Invocation
-from opsmgr.outbox import Outbox
+from opsmgr.intents.control_records import Invocation
+from opsmgr.intents.outbox import Outbox
 from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent.errors import ControlNotFound
 

@@ -6,9 +6,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from opsmgr import cli, reconcile
+from opsmgr import cli
 from opsmgr.cursors import save_cursor
-from opsmgr.projection import project
+from opsmgr.passes import reconcile
+from opsmgr.passes.projection import project
 
 if TYPE_CHECKING:
     from pathlib import Path

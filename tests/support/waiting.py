@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,3 +22,11 @@ def until(fact: Callable[[], _T], what: str, *, deadline: float = DEADLINE) -> _
         assert time.monotonic() < last, f"not within {deadline} s: {what}"
         time.sleep(0.01)
     return value
+
+
+async def eventually(fact: Callable[[], object], what: str) -> None:
+    """Returns once `fact` is true, which other tasks of this event loop see to; fails when that takes too long."""
+    last = time.monotonic() + DEADLINE
+    while not fact():
+        assert time.monotonic() < last, f"not within {DEADLINE} s: {what}"
+        await asyncio.sleep(0.01)

@@ -132,7 +132,7 @@ def _control(
     if resume is not None and idempotency_key not in (None, resume):
         raise click.UsageError("--resume names the key; leave out --idempotency-key")
     from opsmgr.cli import acting
-    from opsmgr.control import exit_code, new_key
+    from opsmgr.intents.control import exit_code, new_key
 
     given = {
         "note": why,
@@ -188,7 +188,7 @@ def confirm(
     """Looks whether an intent's effect shows; runs nothing. Exits with 0 when it does, 2 when it does not in time."""
 
     async def run() -> Any:
-        from opsmgr.confirm import confirm
+        from opsmgr.intents.confirm import confirm
 
         async with target.connected() as transport:
             return await confirm(

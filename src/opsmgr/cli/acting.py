@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from opsmgr.at_hand import look
 from opsmgr.cli.output import ago, note, printable
-from opsmgr.control import ask, resume, row_to_resume, send
-from opsmgr.control_records import Invocation
 from opsmgr.errors import InputInvalid, NoAnswer
-from opsmgr.outbox import Outbox
+from opsmgr.intents.at_hand import look
+from opsmgr.intents.control import ask, resume, row_to_resume, send
+from opsmgr.intents.control_records import Invocation
+from opsmgr.intents.outbox import Outbox
 from sprite_agent.contract.json_text import member
 from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from opsmgr.at_hand import AtHand
+    from opsmgr.intents.at_hand import AtHand
     from opsmgr.targets import Target
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult, Intent
 
@@ -57,7 +57,7 @@ def sent(target: Target, request: ControlRequest, *, yes: bool) -> ControlResult
     What was shown must still be so when it arrives, unless the request says itself what must be so.
 
     Raises:
-        OpsError: as opsmgr.control.send says.
+        OpsError: as opsmgr.intents.control.send says.
         click.Abort: the answer was no.
     """
     store = target.store()

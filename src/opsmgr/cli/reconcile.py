@@ -16,8 +16,8 @@ from opsmgr.cli.threshold_options import threshold_options
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opsmgr.passes.thresholds import Thresholds
     from opsmgr.targets import Target
-    from opsmgr.thresholds import Thresholds
 
 _FILE = click.Path(path_type=Path)
 
@@ -48,7 +48,8 @@ def project(
     if state_file is None and repo is None:
         raise click.UsageError("give --state-file, or --repo for the one in it")
     with reported(json=json):
-        from opsmgr import projection, store
+        from opsmgr import store
+        from opsmgr.passes import projection
         from sprite_agent.contract.loop_ids import check_loop_id
 
         check_loop_id(loop)
@@ -84,7 +85,7 @@ def reconcile(
     """Brings the manager's files of the loop up to date: state, cursor, health, escalations, telemetry."""
 
     async def run() -> dict[str, Any]:
-        from opsmgr.reconcile import ReconcileOptions, reconcile
+        from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 
         options = ReconcileOptions(
             loop_id=target.loop,

@@ -90,7 +90,7 @@ def _in_depth(target: Target, config: Config | None) -> dict[str, Any]:
     """Everything that is known of one loop, and what can be read of it now."""
     from opsmgr import overview
     from opsmgr import store as files
-    from opsmgr.outbox import Outbox
+    from opsmgr.intents.outbox import Outbox
     from sprite_agent.errors import OpsError
 
     store = target.store()

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opsmgr.thresholds import Thresholds
+    from opsmgr.passes.thresholds import Thresholds
 
 _SETTINGS = (
     ("degraded_ingest_lag_seconds", "Age of the last event from which the loop is degraded."),
@@ -48,7 +48,7 @@ def threshold_options(command: Callable[..., Any]) -> Callable[..., Any]:
         settings = {name: options.pop(name) for name, _ in _SETTINGS}
 
         def thresholds(of_target: Thresholds) -> Thresholds:
-            from opsmgr.thresholds import load_catalogue, override, resolve
+            from opsmgr.passes.thresholds import load_catalogue, override, resolve
 
             if profile is None and file is None:
                 return override(of_target, settings)

@@ -18,11 +18,11 @@ from opsmgr import store as files
 from opsmgr.agent_memory import load_memory
 from opsmgr.cursors import Position, load_cursor
 from opsmgr.errors import NoAnswer
-from opsmgr.feed import Feed
 from opsmgr.fleet.pacing import Pacing
 from opsmgr.fleet.sleep import sleeps
 from opsmgr.fleet.view import TargetView
-from opsmgr.reconcile import ReconcileOptions, reconcile_held
+from opsmgr.passes.feed import Feed
+from opsmgr.passes.reconcile import ReconcileOptions, reconcile_held
 from opsmgr.transport.retry import RetryPolicy
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import HistoryRewritten, LogReplaced, LogTruncated, OpsError

@@ -15,15 +15,15 @@ from opsmgr.config import FleetSettings
 from opsmgr.fleet.follower import Follower
 from opsmgr.fleet.metrics import FleetMetrics
 from opsmgr.fleet.slots import Slots
+from opsmgr.passes.thresholds import Thresholds
 from opsmgr.store import LoopStore
 from opsmgr.targets import Target
-from opsmgr.thresholds import Thresholds
 from sprite_agent.face.server import running
 from support.repos import LOOP, event, line, put
-from support.waiting import DEADLINE
+from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from opsmgr.fleet.view import TargetView
@@ -79,15 +79,6 @@ async def followed(target: Target, settings: FleetSettings) -> AsyncIterator[Fol
         await asyncio.wait([task])
 
 
-async def until(fact: Callable[[], Any], what: str) -> None:
-    try:
-        async with asyncio.timeout(DEADLINE):
-            while not fact():  # noqa: ASYNC110  # told by another task
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        pytest.fail(f"not in time: {what}")
-
-
 def lines_of(path: Path) -> list[Any]:
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
@@ -115,9 +106,9 @@ async def test_what_happens_is_in_the_files_soon(
 ) -> None:
     repo.append(*(line(event("usage_check")) for _ in range(5)))
     async with running(config), followed(target, settings) as follower:
-        await until(lambda: ingested(folder) == 5, "the log so far is handled")
+        await eventually(lambda: ingested(folder) == 5, "the log so far is handled")
         repo.append(line(event("loop_complete")))
-        await until(lambda: ingested(folder) == 6, "the next event is handled")
+        await eventually(lambda: ingested(folder) == 6, "the next event is handled")
         state = json.loads(folder.state.read_text())
         view = follower.view
 
@@ -133,12 +124,12 @@ async def test_a_supervision_that_begins_again_goes_on_where_the_last_one_stoppe
     repo.append(*(line(event("usage_check")) for _ in range(5)))
     async with running(config):
         async with followed(target, settings):
-            await until(lambda: ingested(folder) == 5, "the log so far is handled")
+            await eventually(lambda: ingested(folder) == 5, "the log so far is handled")
         repo.append(*(line(event("usage_check")) for _ in range(3)))
         async with followed(target, settings):
-            await until(lambda: ingested(folder) == 8, "what was written meanwhile is handled")
+            await eventually(lambda: ingested(folder) == 8, "what was written meanwhile is handled")
             repo.append(line(event("usage_check")))
-            await until(lambda: ingested(folder) == 9, "and what comes")
+            await eventually(lambda: ingested(folder) == 9, "and what comes")
 
 
 async def test_a_malformed_record_is_escalated_and_the_rest_goes_on(
@@ -146,7 +137,7 @@ async def test_a_malformed_record_is_escalated_and_the_rest_goes_on(
 ) -> None:
     async with running(config), followed(target, settings):
         repo.append(line(event("usage_check")), b"no event\n", line(event("usage_check")))
-        await until(lambda: ingested(folder) == 2, "the events are handled")
+        await eventually(lambda: ingested(folder) == 2, "the events are handled")
 
     assert categories(folder) == ["event_malformed"]
 
@@ -158,14 +149,16 @@ async def test_an_agent_that_goes_while_a_run_is_at_work_is_an_alarm_and_its_ret
     repo.append(line(event("usage_check")))
     async with followed(target, settings) as follower:
         async with running(config):
-            await until(lambda: ingested(folder) == 1, "it is followed")
-        await until(lambda: follower.view.reach == "unreachable", "it is missed")
-        await until(lambda: "health_degraded" in categories(folder), "and that is escalated")
+            await eventually(lambda: ingested(folder) == 1, "it is followed")
+        await eventually(lambda: follower.view.reach == "unreachable", "it is missed")
+        await eventually(lambda: "health_degraded" in categories(folder), "and that is escalated")
         repo.append(line(event("usage_check")))
         async with running(config):
-            await until(lambda: is_read(follower.view, "stream"), "it is back")
-            await until(lambda: ingested(folder) == 2, "with what happened meanwhile")
-            await until(lambda: json.loads(folder.health.read_text())["transport"]["ingestStatus"] == "success", "")
+            await eventually(lambda: is_read(follower.view, "stream"), "it is back")
+            await eventually(lambda: ingested(folder) == 2, "with what happened meanwhile")
+            await eventually(
+                lambda: json.loads(folder.health.read_text())["transport"]["ingestStatus"] == "success", ""
+            )
 
     assert follower.view.error is None
 
@@ -177,11 +170,11 @@ async def test_a_sprite_that_sleeps_is_no_alarm(
     repo.append(line(event("loop_complete")))
     async with followed(target, settings) as follower:
         async with running(config):
-            await until(lambda: ingested(folder) == 1, "it is followed")
-        await until(lambda: follower.view.reach == "suspended", "it sleeps")
+            await eventually(lambda: ingested(folder) == 1, "it is followed")
+        await eventually(lambda: follower.view.reach == "suspended", "it sleeps")
         before = categories(folder)
         async with running(config):
-            await until(lambda: is_read(follower.view, "stream"), "it is awake")
+            await eventually(lambda: is_read(follower.view, "stream"), "it is awake")
 
     assert categories(folder) == before
     assert all(record["status"] == "success" for record in lines_of(folder.reconcile_telemetry))
@@ -194,16 +187,16 @@ async def test_the_platform_says_whether_a_sprite_sleeps(
     repo.append(line(event("usage_check")))
     async with followed(replace(target, state_command=("echo", "cold")), settings) as follower:
         async with running(config):
-            await until(lambda: ingested(folder) == 1, "it is followed")
-        await until(lambda: follower.view.reach == "suspended", "it sleeps")
+            await eventually(lambda: ingested(folder) == 1, "it is followed")
+        await eventually(lambda: follower.view.reach == "suspended", "it sleeps")
 
 
 async def test_a_target_that_was_never_reached_is_not_taken_for_asleep(
     target: Target, settings: FleetSettings, folder: LoopStore
 ) -> None:
     async with followed(target, settings) as follower:
-        await until(lambda: follower.view.reach == "unreachable", "nobody is there")
-        await until(lambda: "health_degraded" in categories(folder), "which is escalated")
+        await eventually(lambda: follower.view.reach == "unreachable", "nobody is there")
+        await eventually(lambda: "health_degraded" in categories(folder), "which is escalated")
 
 
 async def test_a_target_that_may_not_stream_is_polled_and_streams_when_it_may(
@@ -213,15 +206,15 @@ async def test_a_target_that_may_not_stream_is_polled_and_streams_when_it_may(
     async with running(replace(config, max_streams_per_caller=1)), contextlib.AsyncExitStack() as others:
         other = replace(target, name="other", folder=folder.folder.with_name("other"))
         first = await others.enter_async_context(followed(other, settings))
-        await until(lambda: is_read(first.view, "stream"), "another has the only stream")
+        await eventually(lambda: is_read(first.view, "stream"), "another has the only stream")
         async with followed(target, settings) as second:
-            await until(lambda: is_read(second.view, "poll"), "this one is polled")
+            await eventually(lambda: is_read(second.view, "poll"), "this one is polled")
             repo.append(line(event("usage_check")))
-            await until(lambda: ingested(folder) == 2, "and misses nothing")
+            await eventually(lambda: ingested(folder) == 2, "and misses nothing")
             await others.aclose()
-            await until(lambda: is_read(second.view, "stream"), "the stream is free")
+            await eventually(lambda: is_read(second.view, "stream"), "the stream is free")
             repo.append(line(event("usage_check")))
-            await until(lambda: ingested(folder) == 3, "and nothing is doubled")
+            await eventually(lambda: ingested(folder) == 3, "and nothing is doubled")
 
 
 async def test_a_target_whose_agent_is_gone_is_read_from_its_repo_where_that_is_allowed(
@@ -231,14 +224,14 @@ async def test_a_target_whose_agent_is_gone_is_read_from_its_repo_where_that_is_
     repo.append(line(event("usage_check")))
     async with followed(replace(target, fallback="local"), settings) as follower:
         async with running(config):
-            await until(lambda: is_read(follower.view, "stream"), "it is followed")
-        await until(lambda: is_read(follower.view, "local"), "the repo is read")
+            await eventually(lambda: is_read(follower.view, "stream"), "it is followed")
+        await eventually(lambda: is_read(follower.view, "local"), "the repo is read")
         repo.append(line(event("usage_check")))
-        await until(lambda: ingested(folder) == 2, "and misses nothing")
+        await eventually(lambda: ingested(folder) == 2, "and misses nothing")
         async with running(config):
-            await until(lambda: is_read(follower.view, "stream"), "the way up is open")
+            await eventually(lambda: is_read(follower.view, "stream"), "the way up is open")
             repo.append(line(event("usage_check")))
-            await until(lambda: ingested(folder) == 3, "and doubles nothing")
+            await eventually(lambda: ingested(folder) == 3, "and doubles nothing")
 
 
 async def test_another_log_in_the_place_of_the_one_is_escalated_and_read_from_its_start(
@@ -246,9 +239,9 @@ async def test_another_log_in_the_place_of_the_one_is_escalated_and_read_from_it
 ) -> None:
     repo.append(*(line(event("usage_check")) for _ in range(5)))
     async with running(config), followed(target, settings):
-        await until(lambda: ingested(folder) == 5, "the log so far is handled")
+        await eventually(lambda: ingested(folder) == 5, "the log so far is handled")
         repo.replace(line(event("loop_start")) + line(event("loop_complete")))
-        await until(lambda: ingested(folder) == 7, "the other log is handled")
+        await eventually(lambda: ingested(folder) == 7, "the other log is handled")
 
     assert "log_replaced" in categories(folder)
     assert "ordering_drift_detected" not in categories(folder)
@@ -259,14 +252,14 @@ async def test_a_control_has_its_target_projected_anew(
 ) -> None:
     repo.append(line(event("usage_check")))
     async with running(config), followed(target, settings) as follower:
-        await until(lambda: ingested(folder) == 1, "it is followed")
+        await eventually(lambda: ingested(folder) == 1, "it is followed")
         follower.look_for_intents()
         folder.intents.write_text("")
         follower.look_for_intents()
         passes = len(lines_of(folder.reconcile_telemetry))
         folder.intents.write_text('{"status": "ambiguous"}\n')
         follower.look_for_intents()
-        await until(lambda: len(lines_of(folder.reconcile_telemetry)) > passes, "another pass")
+        await eventually(lambda: len(lines_of(folder.reconcile_telemetry)) > passes, "another pass")
 
 
 async def test_a_loop_that_another_manager_works_on_is_left_alone_until_it_is_free(
@@ -276,11 +269,11 @@ async def test_a_loop_that_another_manager_works_on_is_left_alone_until_it_is_fr
     async with running(config):
         with folder.locked():
             async with followed(target, settings) as follower:
-                await until(lambda: follower.view.error is not None, "the other one is noticed")
+                await eventually(lambda: follower.view.error is not None, "the other one is noticed")
                 said = follower.view.error
                 touched = folder.state.exists()
         async with followed(target, settings):
-            await until(lambda: ingested(folder) == 1, "it is free")
+            await eventually(lambda: ingested(folder) == 1, "it is free")
 
     assert said is not None
     assert said.reason == "LOOP_LOCKED"

@@ -18,10 +18,10 @@ from opsmgr.fleet.supervisor import Supervisor
 from opsmgr.targets import Target
 from sprite_agent.contract.validation import validate
 from support.repos import LOOP, LoopFiles, event, line
-from support.waiting import DEADLINE
+from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
     from pathlib import Path
 
 
@@ -60,15 +60,6 @@ async def supervised(settings: FleetSettings, targets: Iterable[Target]) -> Asyn
         await asyncio.wait([running])
 
 
-async def until(fact: Callable[[], Any], what: str) -> None:
-    try:
-        async with asyncio.timeout(DEADLINE):
-            while not fact():  # noqa: ASYNC110  # told by another task
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        pytest.fail(f"not in time: {what}")
-
-
 def here(folder: Path, name: str) -> Target:
     """A loop on this machine, with one event."""
     files = LoopFiles(folder / name)
@@ -102,7 +93,9 @@ async def test_targets_that_have_frozen_delay_no_other(
     ]
     well = here(tmp_path, "well")
     async with supervised(settings, [*frozen, well]):
-        await until(lambda: rows(settings).get("well", {}).get("cursorLine") == 1, "the one that is well is followed")
+        await eventually(
+            lambda: rows(settings).get("well", {}).get("cursorLine") == 1, "the one that is well is followed"
+        )
         for count in range(2, 6):
             write(well)
             async with asyncio.timeout(3):
@@ -124,14 +117,14 @@ async def test_a_bug_met_in_one_target_ends_no_other(
 
     monkeypatch.setattr(Follower, "_supervise", broken)
     async with supervised(settings, [here(tmp_path, "bad"), here(tmp_path, "good")]):
-        await until(lambda: rows(settings).get("good", {}).get("cursorLine") == 1, "the good one is followed")
+        await eventually(lambda: rows(settings).get("good", {}).get("cursorLine") == 1, "the good one is followed")
 
 
 async def test_the_status_file_has_a_row_for_each_target_in_their_order(
     settings: FleetSettings, tmp_path: Path
 ) -> None:
     async with supervised(settings, [here(tmp_path, name) for name in ("c", "a", "b")]):
-        await until(lambda: list(rows(settings)) == ["c", "a", "b"], "all are told")
+        await eventually(lambda: list(rows(settings)) == ["c", "a", "b"], "all are told")
 
     assert not settings.status_file.exists(), "nobody keeps it current any more"
 

@@ -9,7 +9,7 @@ from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
-    from opsmgr.ingest import Pass, ReconcileOptions
+    from opsmgr.passes.ingest import Pass, ReconcileOptions
     from opsmgr.transport.base import Transport
 
 

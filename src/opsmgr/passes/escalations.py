@@ -8,7 +8,7 @@ from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
     from opsmgr.agent_memory import Escalation
-    from opsmgr.ingest import Pass
+    from opsmgr.passes.ingest import Pass
 
 
 def find_escalations(

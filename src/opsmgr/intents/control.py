@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from opsmgr.agent_memory import load_memory, save_memory
-from opsmgr.control_records import Invocation, exit_code
 from opsmgr.errors import InputInvalid
-from opsmgr.outbox import Outbox, Row
+from opsmgr.intents.control_records import Invocation, exit_code
+from opsmgr.intents.outbox import Outbox, Row
 from sprite_agent.contract import clock
 from sprite_agent.contract.requests import check_request, fingerprint
 from sprite_agent.errors import ControlNotFound, IdempotencyKeyReused, InternalError, OpsError

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from opsmgr import store as files
 from opsmgr.agent_memory import load_memory, save_memory
 from opsmgr.cursors import load_cursor, save_cursor
-from opsmgr.escalations import find_escalations
-from opsmgr.health import Figures, judge
-from opsmgr.heartbeat import heartbeat_at, heartbeat_document
-from opsmgr.ingest import Pass, ReconcileOptions, failure_code, ingest
-from opsmgr.projection import project
-from opsmgr.sequence import check_sequence
-from opsmgr.telemetry import heartbeat_line, reconcile_line, sequence_line, transport_health
+from opsmgr.passes.escalations import find_escalations
+from opsmgr.passes.health import Figures, judge
+from opsmgr.passes.heartbeat import heartbeat_at, heartbeat_document
+from opsmgr.passes.ingest import Pass, ReconcileOptions, failure_code, ingest
+from opsmgr.passes.projection import project
+from opsmgr.passes.sequence import check_sequence
+from opsmgr.passes.telemetry import heartbeat_line, reconcile_line, sequence_line, transport_health
 from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
 from sprite_agent.contract.validation import validate
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opsmgr.agent_memory import Escalation
-    from opsmgr.feed import Feed
+    from opsmgr.passes.feed import Feed
     from opsmgr.store import LoopStore
     from opsmgr.transport.base import Transport
 

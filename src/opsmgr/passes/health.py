@@ -10,7 +10,7 @@ from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
-    from opsmgr.thresholds import Thresholds
+    from opsmgr.passes.thresholds import Thresholds
     from opsmgr.transport.base import TransportName
 
 FAILURES = {

@@ -65,7 +65,7 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
     """
     where = "thresholds.toml of the package" if path is None else str(path)
     try:
-        content = (resources.files("opsmgr") / "thresholds.toml" if path is None else path).read_text("utf-8")
+        content = (resources.files("opsmgr.passes") / "thresholds.toml" if path is None else path).read_text("utf-8")
         document = tomllib.loads(content)
     except OSError as error:
         raise InputInvalid(f"{where} can't be read: {error.strerror}") from error

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opsmgr.health import age
+from opsmgr.passes.health import age
 from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from opsmgr.thresholds import Thresholds
+    from opsmgr.passes.thresholds import Thresholds
     from opsmgr.transport.base import TransportName
     from sprite_agent.contract.envelopes import SnapshotEnvelope
 

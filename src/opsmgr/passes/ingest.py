@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from opsmgr.cursors import Position
 from opsmgr.errors import NoAnswer
-from opsmgr.feed import fold
+from opsmgr.passes.feed import fold
+from opsmgr.passes.thresholds import BALANCED
 from opsmgr.subscription import subscribe
-from opsmgr.thresholds import BALANCED
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import ContractError, HistoryRewritten, LogReplaced, LogTruncated
 
 if TYPE_CHECKING:
     from opsmgr.agent_memory import AgentMemory, Escalation
-    from opsmgr.feed import Feed, Portion
-    from opsmgr.thresholds import Thresholds
+    from opsmgr.passes.feed import Feed, Portion
+    from opsmgr.passes.thresholds import Thresholds
     from opsmgr.transport.base import Snapshot, Transport
     from sprite_agent.contract.envelopes import EventEnvelope
     from sprite_agent.contract.streaming import SkippedRecord
