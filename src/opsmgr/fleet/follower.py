@@ -82,6 +82,8 @@ class Follower:
         """Has the target projected anew if somebody has controlled it. Blocks on the disk, shortly."""
         try:
             changed = self._target.store().intents.stat().st_mtime
+        except FileNotFoundError:
+            changed = 0.0  # nobody has yet
         except (OSError, OpsError):
             return
         if self._intents_seen is not None and changed != self._intents_seen:
@@ -194,7 +196,6 @@ class Follower:
     async def _pass(self, transport: Transport, store: LoopStore, feed: Feed | None) -> bool:
         """Brings the files up to date; whether it could."""
         began = time.monotonic()
-        retries = transport.attempts.retries
         failure: OpsError | None = None
         try:
             self.view.state = await reconcile_held(transport, store, self._options, feed=feed)
@@ -204,7 +205,6 @@ class Follower:
         else:
             self.view.error = None
             self.view.contact = time.monotonic()
-        self.view.retries += transport.attempts.retries - retries
         await asyncio.to_thread(self._look_at_files, store)
         self.view.touch()
         self._metrics.passed(self._target.name, time.monotonic() - began, failure)
@@ -214,6 +214,7 @@ class Follower:
         """Waits for the next try at the stream; reads on a lower rung where that is due."""
         now = time.monotonic()
         self._pacing.lost(now)
+        self.view.retries += 1
         self._fail(error)
         answers = not isinstance(error, NoAnswer)
         known = self.view.state is not None

@@ -254,12 +254,14 @@ async def test_a_control_has_its_target_projected_anew(
     async with running(config), followed(target, settings) as follower:
         await eventually(lambda: ingested(folder) == 1, "it is followed")
         follower.look_for_intents()
-        folder.intents.write_text("")
-        follower.look_for_intents()
         passes = len(lines_of(folder.reconcile_telemetry))
+        follower.look_for_intents()
+        unchanged = len(lines_of(folder.reconcile_telemetry))
         folder.intents.write_text('{"status": "ambiguous"}\n')
         follower.look_for_intents()
         await eventually(lambda: len(lines_of(folder.reconcile_telemetry)) > passes, "another pass")
+
+    assert unchanged == passes
 
 
 async def test_a_loop_that_another_manager_works_on_is_left_alone_until_it_is_free(
