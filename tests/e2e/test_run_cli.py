@@ -48,7 +48,10 @@ class Daemon:
         """The targets in its status file."""
         if not self.status_file.exists():
             return {}
-        return {row["name"]: row for row in json.loads(self.status_file.read_text())["targets"]}
+        status = json.loads(self.status_file.read_text())
+        if status["pid"] != self.process.pid:
+            return {}  # left by one that was killed
+        return {row["name"]: row for row in status["targets"]}
 
     def reaches(self, *names: str) -> bool:
         """Whether it supervises just these, and reads them all."""
@@ -143,3 +146,24 @@ def test_a_second_one_with_the_same_status_file_does_not_start(daemon: Daemon, f
 
     assert second.returncode == 1
     assert str(daemon.process.pid) in second.stderr
+
+
+def test_killed_at_any_moment_it_goes_on_where_its_files_say_and_raises_no_alarm_for_that(files: Path) -> None:
+    config = configure(files, "one", "two")
+    manager = files / "one/.superloop/ops-manager" / LOOP
+    log = files / "one/.superloop/loops" / LOOP / "events.jsonl"
+    for kill in range(5):
+        daemon = Daemon(files, "--config", str(config))
+        until(lambda daemon=daemon: daemon.reaches("one", "two"), "both are followed")  # type: ignore[misc]  # bound now
+        with log.open("ab") as writing:
+            writing.write(line(event("usage_check")) * (kill + 1))
+        daemon.process.kill()
+        daemon.end()
+    daemon = Daemon(files, "--config", str(config))
+    until(lambda: json.loads((manager / "cursor.json").read_text())["eventLineOffset"] == 17, "all is handled")
+    daemon.end()
+    state = json.loads((manager / "state.json").read_text())
+    told = (manager / "escalations.jsonl").read_text() if (manager / "escalations.jsonl").exists() else ""
+
+    assert state["sequence"]["violations"] == []
+    assert "ordering_drift_detected" not in told
