@@ -63,11 +63,11 @@ def status(*, targets: list[Target], config: Config | None, watches: bool, prett
 
 def _code(error: dict[str, str] | None) -> int:
     """The exit code of a look that met with this: an agent that refuses has answered."""
-    from opsmgr.errors import NoAnswer
+    from opsmgr.errors import NoAnswer, NotReached
 
     if error is None:
         return 0
-    return EXIT_NO_ANSWER if error["reason"] == NoAnswer.reason else EXIT_FAILED
+    return EXIT_NO_ANSWER if error["reason"] in {NoAnswer.reason, NotReached.reason} else EXIT_FAILED
 
 
 def _overview(targets: list[Target], config: Config | None) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _in_depth(target: Target, config: Config | None) -> dict[str, Any]:
 
 async def _look_in_time(target: Target) -> tuple[Any, list[Any]]:
     """Likewise, or NoAnswer: who looks at 3 a.m. does not wait for an agent that is silent."""
-    from opsmgr.errors import NoAnswer
+    from opsmgr.errors import NoAnswer, NotReached
 
     try:
         async with asyncio.timeout(_PATIENCE):
@@ -145,7 +145,11 @@ def _table(document: dict[str, Any]) -> Table:
     from rich.text import Text
 
     daemon = document["pid"]
-    told = "the manager's files" if daemon is None else f"the daemon, process {daemon}, {document['updatedAt']}"
+    if daemon is None:
+        oldest = min((row["updatedAt"] for row in document["targets"] if row["updatedAt"]), default=None)
+        told = "the manager's files" + ("" if oldest is None else f", the oldest of them {ago(oldest)}")
+    else:
+        told = f"the daemon, process {daemon}, {document['updatedAt']}"
     table = Table(caption=f"as told by {told}", caption_justify="left", box=None, pad_edge=False)
     for heading in ("target", "health", "reach", "by", "status", "run", "last event", "line", "why"):
         table.add_column(heading, overflow="fold")
