@@ -55,7 +55,7 @@ def test_every_reason_of_a_refusal_is_explained_and_no_other() -> None:
 
 
 def test_every_code_of_the_health_is_explained_and_no_other() -> None:
-    text = sources("opsmgr/health.py")
+    text = sources("opsmgr/passes/health.py")
     added = set(re.findall(r'\badd(?:_above)?\(\s*"([a-z_]+)"', text))
     by_control = {f"control_{status}" for status in ("ambiguous", "failed_command")}
 
@@ -73,7 +73,7 @@ def test_every_way_an_ingest_fails_is_named() -> None:
 
 
 def test_every_category_of_an_escalation_is_explained_and_no_other() -> None:
-    text = sources("opsmgr/escalations.py", "opsmgr/agent_memory.py")
+    text = sources("opsmgr/passes/escalations.py", "opsmgr/agent_memory.py")
     written = set(re.findall(r'\(\s*"([a-z_]+)",\s*\{', text))
     lost = {"log_replaced", "log_truncated", "history_rewritten"}
     findings = {

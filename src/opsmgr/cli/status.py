@@ -114,7 +114,7 @@ def _in_depth(target: Target, config: Config | None) -> dict[str, Any]:
 
 async def _look_in_time(target: Target) -> tuple[Any, list[Any]]:
     """Likewise, or NoAnswer: who looks at 3 a.m. does not wait for an agent that is silent."""
-    from opsmgr.errors import NoAnswer, NotReached
+    from opsmgr.errors import NoAnswer
 
     try:
         async with asyncio.timeout(_PATIENCE):
