@@ -125,6 +125,7 @@ async def test_something_that_speaks_otherwise_is_http2s_fault(target: Target, t
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         await writer.drain()
         writer.close()
+        await writer.wait_closed()
 
     server = await asyncio.start_unix_server(answer, tmp_path / "http1.sock")
     async with server:

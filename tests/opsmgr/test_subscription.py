@@ -20,6 +20,7 @@ from opsmgr.transport.sprite_service import SpriteServiceTransport
 from opsmgr.watch import follow
 from sprite_agent.contract.streaming import EventBatch, EventQuery
 from sprite_agent.errors import Draining, EventMalformed, LogReplaced, LoopNotFound, OpsError
+from support.chaos import ChaosProxy, Weather
 from support.following import Follower
 from support.repos import LOOP, MOMENT, event, line
 from support.waiting import DEADLINE, until
@@ -121,48 +122,15 @@ async def test_a_stream_of_a_frozen_agent_is_dropped_after_three_missed_heartbea
         program.process.send_signal(signal.SIGCONT)
 
 
-class Cutter:
-    """Passes bytes between a manager and an agent, and cuts each connection after so many of the agent's."""
-
-    def __init__(self, target: str, chance: random.Random) -> None:
-        self._target = target
-        self._chance = chance
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.cuts = 0
-
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serves one connection until it is cut."""
-        there, back = await asyncio.open_unix_connection(self._target)
-        passing = asyncio.ensure_future(self._pass(reader, back, None))
-        self._tasks.add(passing)
-        await self._pass(there, writer, self._chance.randrange(200, 400_000))
-        self.cuts += 1
-        passing.cancel()
-        for side in (writer, back):
-            side.close()
-            with contextlib.suppress(OSError):
-                await side.wait_closed()
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int | None) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(4096 if most is None else min(most, 4096)):
-                writer.write(data)
-                await writer.drain()
-                if most is not None:
-                    most -= len(data)
-                    if not most:
-                        return
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_a_subscription_brings_every_event_once_over_connections_that_are_cut_anywhere(
-    agent: Agent, repo: LoopFiles, tmp_path: Path, seed: int
+    agent: Agent, repo: LoopFiles, seed: int
 ) -> None:
     repo.append(numbered(1, 3000))
-    cutter = Cutter(agent.address.removeprefix("unix:"), random.Random(seed))  # noqa: S311  # the same cuts each time
+    chance = random.Random(seed)  # noqa: S311  # the same cuts each time
     async with (
-        await asyncio.start_unix_server(cutter.connected, tmp_path / "cut.sock"),
-        reaching(f"unix:{tmp_path}/cut.sock") as transport,
+        ChaosProxy(agent.address, lambda: Weather(cut_after=chance.randrange(200, 400_000))) as proxy,
+        reaching(proxy.address) as transport,
         Follower(subscribe(transport, query(max_events=3300), policy=PATIENT)) as following,
     ):
         await following.until_lines(300)
@@ -170,7 +138,7 @@ async def test_a_subscription_brings_every_event_once_over_connections_that_are_
         await following.to_end()
 
     assert following.lines == list(range(1, 3301))
-    assert cutter.cuts > 1
+    assert proxy.cuts > 1
 
 
 # Streams as told.

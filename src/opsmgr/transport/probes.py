@@ -61,6 +61,7 @@ async def connected(address: str, tls: ssl.SSLContext | None = None, name: str |
         yield stream
     finally:
         stream[1].transport.abort()  # TLS would wait for the other side to say goodbye
+        await asyncio.sleep(0)  # the event loop closes the socket in its next round
 
 
 def tls_context(credentials: Credentials) -> ssl.SSLContext:
