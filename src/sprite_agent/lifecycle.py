@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sprite_agent.contract.events import event_name
 from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
@@ -34,12 +35,6 @@ def run_status(
         ("idle", state is not None and _is_absent_or_false(state.get("active")) and summary is not None),
     )
     return next((status for status, holds in table if holds), "unknown")
-
-
-def event_name(line: dict[str, Any] | None) -> Any:
-    """The name in a raw event line: its event, else (in older logs) its type."""
-    name = member(line, "event")
-    return member(line, "type") if name is None else name
 
 
 def _is_absent_or_false(value: Any) -> bool:

@@ -122,13 +122,13 @@ class Repo:
         reading = build_snapshot(found, repo=str(self.path), loop_id=loop_id, trace_id=trace_id, run_id=run_id)
         return replace(reading, findings=self._findings(loop_id, found.approval.value))
 
-    async def stream_events(self, query: EventQuery) -> AsyncGenerator[EventBatch]:
-        """The batches of one subscription; see `event_stream.stream_events` for its promises."""
+    async def stream_events(self, query: EventQuery, *, raw: bool = False) -> AsyncGenerator[EventBatch]:
+        """The batches of one subscription, of raw events where `raw`; see `event_log.stream` for its promises."""
         check_query(query)
         self._files.require_loop(query.loop_id)
         log = self._log(query.loop_id)
         batches = stream_events(
-            log, query, repo=self.path, workers=self._workers, folders=self._folders, end=self._stream_end
+            log, query, raw=raw, repo=self.path, workers=self._workers, folders=self._folders, end=self._stream_end
         )
         async with contextlib.aclosing(batches):
             with contextlib.suppress(StopAsyncIteration):

@@ -10,12 +10,12 @@ import msgspec
 from sprite_agent.artifacts import ACTIVE_RUN, MAX_DOCUMENT_BYTES, MAX_SUMMARY_BYTES, STATE
 from sprite_agent.contract import clock, json_text
 from sprite_agent.contract.envelopes import GATES
+from sprite_agent.contract.events import SEQUENCE_SOURCE, absent_if_empty, event_name, whole_number
 from sprite_agent.contract.json_text import member
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ArtifactMalformed, ContractError, EventMalformed
-from sprite_agent.event_log.envelopes import SEQUENCE_SOURCE, absent_if_empty, whole_number
 from sprite_agent.event_log.records import judged
-from sprite_agent.lifecycle import event_name, run_status
+from sprite_agent.lifecycle import run_status
 
 if TYPE_CHECKING:
     from sprite_agent.artifacts import ArtifactFiles, Document, LoopPaths

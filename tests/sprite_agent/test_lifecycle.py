@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sprite_agent.lifecycle import event_name, run_status
+from sprite_agent.contract.events import event_name
+from sprite_agent.lifecycle import run_status
 
 Json = dict[str, Any]
 

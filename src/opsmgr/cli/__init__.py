@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import click
@@ -23,6 +24,9 @@ from opsmgr.cli import (
 )
 from opsmgr.cli.output import EXIT_USAGE
 
+OBJECTS_BETWEEN_COLLECTIONS = 20_000
+"""An event is nine objects without a cycle: looking for cycles after every 700 takes a third of a replay's time."""
+
 click.UsageError.exit_code = EXIT_USAGE
 
 
@@ -35,6 +39,7 @@ def main() -> None:
     """
     # Before gRPC is imported: it writes lines of its own on stderr, where a failure is one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
 
 
 for command in (

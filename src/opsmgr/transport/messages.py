@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sprite_agent.contract import control_mirror, mirror
+from sprite_agent.contract.events import EventContext, build_event
+from sprite_agent.contract.json_text import object_in
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord
 from sprite_agent.contract.validation import validate
 from sprite_agent.v1 import service_pb2 as pb
 
 if TYPE_CHECKING:
-    from sprite_agent.contract.envelopes import ControlResult
+    from collections.abc import Iterator
+
+    from sprite_agent.contract.envelopes import ControlResult, EventEnvelope
     from sprite_agent.contract.streaming import EventQuery
 
 
@@ -22,6 +26,7 @@ def stream_request(query: EventQuery) -> pb.StreamEventsRequest:
         follow=query.follow,
         skip_malformed=query.skip_malformed,
         trace_id=query.trace_id,
+        raw_events=True,
     )
     if query.resume_token is None:
         request.event_line_offset = query.after_line
@@ -31,8 +36,8 @@ def stream_request(query: EventQuery) -> pb.StreamEventsRequest:
     return request
 
 
-def batch_from(message: pb.StreamEventsResponse) -> EventBatch:
-    """The batch in a response.
+def batch_from(message: pb.StreamEventsResponse, trace_id: str | None = None) -> EventBatch:
+    """The batch in a response to a request with this trace id, be its events raw or not.
 
     Raises:
         ContractError: an event in it is none.
@@ -40,6 +45,8 @@ def batch_from(message: pb.StreamEventsResponse) -> EventBatch:
     events = [mirror.event_from_message(event) for event in message.events]
     for event in events:
         validate("loop_run_event", event)
+    if message.raw_events:
+        events += _built(message, trace_id)
     return EventBatch(
         events=events,
         cursor={
@@ -61,6 +68,19 @@ def batch_from(message: pb.StreamEventsResponse) -> EventBatch:
         ],
         emitted_at=message.emitted_at,
     )
+
+
+def _built(message: pb.StreamEventsResponse, trace_id: str | None) -> Iterator[EventEnvelope]:
+    """The events that follow from raw ones."""
+    context = EventContext(
+        source={"repoPath": message.source.repo_path, "loopId": message.source.loop_id},
+        trace_id=trace_id,
+        emitted_at=message.emitted_at,
+        line_count=message.cursor.event_line_count,
+    )
+    for raw in message.raw_events:
+        text = raw.json
+        yield build_event(object_in(text), text, raw.line, context)
 
 
 def result_from(message: Any) -> ControlResult:

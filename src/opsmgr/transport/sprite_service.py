@@ -161,7 +161,7 @@ class SpriteServiceTransport:
                     return
                 if not isinstance(message, pb.StreamEventsResponse):
                     raise ContractError("the answer is no message of this method")
-                yield batch_from(message)
+                yield batch_from(message, query.trace_id)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -30,19 +31,33 @@ _STEPS = [{"{": 1, "[": 1, "}": -1, "]": -1}.get(chr(byte), 0) for byte in range
 
 
 class OpenObject(dict[str, Any]):
-    """An object of the runtime's own, with the text it was written as.
+    """An object of the runtime's own, with the text it was written as. Made by `open_object`.
 
     It compares and serializes as a dict; `encode` writes its text. Not to be changed.
     """
 
-    __slots__ = ("text",)
+    # No __init__ of its own: two of these are made for every event, and it would take half of the time.
+    __slots__ = ("_member", "_text")
 
-    text: str
-    """One JSON object, byte for byte as it was read."""
+    _text: str
+    _member: str | None
 
-    def __init__(self, value: dict[str, Any], text: str) -> None:
-        super().__init__(value)
-        self.text = text
+    @property
+    def text(self) -> str:
+        """One JSON object, byte for byte as it was read."""
+        if self._member is not None:
+            self._text, self._member = _member_text(self._text, self._member), None
+        return self._text
+
+
+def open_object(value: dict[str, Any], text: str, member: str | None = None) -> OpenObject:
+    """`value` with its text; with `member`, `text` is that of the object which has it by that name.
+
+    The text of a member is cut out when it is first asked for: few ask.
+    """
+    made = OpenObject(value)
+    made._text, made._member = text, member  # noqa: SLF001  # this is how one is made
+    return made
 
 
 def parse(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
@@ -61,8 +76,8 @@ def parse(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
 def attempt(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> tuple[Any, str | None]:
     """The value that `text` holds, or why `parse` refuses it: where most texts are refused, raising costs the most."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    # Two counts are cheaper than a look at the structure, and settle it for nearly every text.
-    if data.count(b"{") + data.count(b"[") > max_depth and _depth(data) > max_depth:
+    # A level takes two brackets; and two counts are cheaper than a look at the structure, and mostly settle it.
+    if len(data) > 2 * max_depth and data.count(b"{") + data.count(b"[") > max_depth and _depth(data) > max_depth:
         return None, f"nested deeper than {max_depth} levels"
     try:
         return _decode(data), None
@@ -74,16 +89,27 @@ def attempt(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> tuple[Any, str 
         return None, f"not JSON ({error})"
 
 
-def parse_object(text: bytes | str) -> OpenObject:
-    """The object that `text` holds, with its text.
+def object_in(text: bytes | str) -> dict[str, Any]:
+    """The object that `text` holds.
 
     Raises:
         ContractError: as for `parse`, or it is JSON but no object.
     """
-    value = parse(text)
+    value, fault = attempt(text)
+    if fault is not None:
+        raise ContractError(fault)
     if not isinstance(value, dict):
         raise ContractError(f"an object is needed, this is a JSON {_TYPE_NAMES[type(value)]}")
-    return OpenObject(value, text if isinstance(text, str) else text.decode())
+    return value
+
+
+def parse_object(text: bytes | str) -> OpenObject:
+    """The same, with its text.
+
+    Raises:
+        ContractError: as for `object_in`.
+    """
+    return open_object(object_in(text), text if isinstance(text, str) else text.decode())
 
 
 def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
@@ -93,6 +119,15 @@ def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
     """
     shape = msgspec.defstruct("Member", [(name, msgspec.Raw, msgspec.Raw(b""))])
     return msgspec.json.Decoder(shape)
+
+
+@functools.cache
+def _member_decoder(name: str) -> msgspec.json.Decoder[Any]:
+    return member_decoder(name)
+
+
+def _member_text(text: str, name: str) -> str:
+    return bytes(getattr(_member_decoder(name).decode(text), name)).decode()
 
 
 def member(value: Any, name: str) -> Any:

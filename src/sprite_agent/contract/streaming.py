@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.errors import CursorInvalid, RequestInvalid, ResumeTokenInvalid
@@ -77,6 +77,10 @@ class SkippedRecord:
     sha256: str
 
 
+RawEvent: TypeAlias = tuple[int, str]
+"""An event as the record it follows from (see `events.build_event`): its line number and the whole text, verbatim."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EventBatch:
     """Events in the order of the log, and where the stream stands after them."""
@@ -90,3 +94,5 @@ class EventBatch:
     """Everything the log held has been sent."""
     skipped: list[SkippedRecord]
     emitted_at: str
+    raw_events: list[RawEvent] = field(default_factory=list)
+    """Instead of events, where those were asked for: for whoever sends them on."""

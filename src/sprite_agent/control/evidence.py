@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from sprite_agent.contract import json_text
 from sprite_agent.contract.confirmation import Decision, Evidence, evidence_from
+from sprite_agent.contract.events import event_name
 from sprite_agent.contract.json_text import member
 from sprite_agent.control.processes import is_alive, name_of
 from sprite_agent.errors import EventsNotFound, PositionLost, ResumeTokenInvalid
-from sprite_agent.lifecycle import event_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from sprite_agent.contract.events import whole_number
 from sprite_agent.contract.json_text import member
 from sprite_agent.control.processes import name_of
 from sprite_agent.errors import (
@@ -16,7 +17,6 @@ from sprite_agent.errors import (
     RequestTooOld,
     RunMismatch,
 )
-from sprite_agent.event_log.envelopes import whole_number
 
 if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import ControlRequest, SnapshotEnvelope

@@ -199,13 +199,12 @@ class LogReader:
     def __init__(self, log: int, start: Position, digest: Hash) -> None:
         """Starts at a boundary, with the running digest of all before it."""
         self._log = log
-        self._records = RecordReader(start)
+        self._records = RecordReader(start, judges=True)
         self._trail = Trail(log, start, digest)
         self._coming: Iterator[Record | None] | None = None
         self._held: Record | None = None
-        self._before = start
-        self.position = start
-        """After the last record taken, and the blank lines after it, as far as was read."""
+        self._at: tuple[int, int] = start
+        self._before: tuple[int, int] = start
 
     def __enter__(self) -> Self:
         return self
@@ -218,6 +217,11 @@ class LogReader:
     def close(self) -> None:
         """Closes the descriptor."""
         os.close(self._log)
+
+    @property
+    def position(self) -> Position:
+        """After the last record taken, and the blank lines after it, as far as was read."""
+        return Position(*self._at)
 
     def at_end(self, end: int) -> bool:
         """Whether everything up to byte `end` was read and taken."""
@@ -232,31 +236,31 @@ class LogReader:
         return found
 
     def take(self, end: int, pace: Pace) -> Record | None:
-        """The next record, not yet judged; nothing past byte `end` is read. None: `at_end`, or the pace is over.
+        """The next record, maybe not yet judged; nothing past byte `end` is read. None: `at_end`, or the pace is over.
 
         Raises:
             LogReplaced, LogTruncated, HistoryRewritten: the log was changed where this reader has already been.
         """
         if self._held is not None:
             record, self._held = self._held, None
-            self.position = Position(record.last_line, record.end)
+            self._at = record[1:3]
             return record
         while True:
             for found in self._coming or ():
                 if found is not None:
-                    self._before, self.position = self.position, Position(found.last_line, found.end)
+                    self._before, self._at = self._at, found[1:3]  # its last_line and end; for every record
                     return found
                 if pace.over():
                     return None
             self._coming = None
-            self.position = self._records.boundary
+            self._at = self._records.boundary
             if self._trail.end >= end or pace.over():
                 return None
             self._read_chunk(end)
 
     def put_back(self, record: Record) -> None:
         """Has the record that was just taken be the next again."""
-        self._held, self.position = record, self._before
+        self._held, self._at = record, self._before
 
     def pass_steps(self, line: int, end: int) -> Steps[None]:
         """Passes the records up to line `line`."""

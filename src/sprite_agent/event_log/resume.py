@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 4096
 """How much at the beginning and before a place is compared with each read: it costs microseconds."""
-_FAR = 64 * 1024
-"""Bytes between two places of which the running digest is kept."""
+_FAR = 16 * 1024
+"""Bytes between two places of which the running digest is kept: so much is digested again for a token between them."""
 
 _TOKEN = re.compile(r"r1\.([0-9a-f]{16})\.(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})\.([0-9a-f]{32})")
 
@@ -144,11 +144,13 @@ class Trail:
             self._known.clear()
         while len(self._known) > 1 and self._known[1][0] <= earliest:
             self._known.popleft()
-        if not self._known or self.end - self._known[-1][0] >= _FAR:
-            self._known.append((self.end, self.digest.copy()))
+        view = memoryview(data)
+        for at in range(0, len(data), _FAR):
+            if not self._known or self.end - self._known[-1][0] >= _FAR:
+                self._known.append((self.end, self.digest.copy()))
+            self.digest.update(view[at : at + _FAR])
+            self.end += len(view[at : at + _FAR])
         self._bytes += data
-        self.digest.update(data)
-        self.end += len(data)
         needed = self.end - min(self._known[0][0], self.end - WINDOW_BYTES)
         del self._bytes[: max(0, len(self._bytes) - needed)]
 

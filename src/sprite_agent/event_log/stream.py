@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from sprite_agent.contract import clock
+from sprite_agent.contract.events import EventContext, build_event, check_event
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord
 from sprite_agent.errors import ContractError, EventMalformed, EventsNotFound, LogTruncated, LoopNotFound
-from sprite_agent.event_log.envelopes import EventContext, build_event
 from sprite_agent.event_log.pieces import Pace, goes_on
 from sprite_agent.event_log.records import judged
 from sprite_agent.event_log.resume import START_TOKEN, parse_token
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from sprite_agent.contract.envelopes import EventEnvelope
-    from sprite_agent.contract.streaming import EventQuery
+    from sprite_agent.contract.envelopes import EventEnvelope, Json
+    from sprite_agent.contract.streaming import EventQuery, RawEvent
     from sprite_agent.event_log.folder_watch import Changes, FolderWatch
     from sprite_agent.event_log.index import LogView
     from sprite_agent.event_log.log import EventLog, LogReader
@@ -85,9 +85,9 @@ class StreamEnd:
 
 
 async def stream_events(
-    log: EventLog, query: EventQuery, *, repo: Path, workers: Workers, folders: FolderWatch, end: StreamEnd
+    log: EventLog, query: EventQuery, *, raw: bool, repo: Path, workers: Workers, folders: FolderWatch, end: StreamEnd
 ) -> AsyncGenerator[EventBatch]:
-    """The batches of one subscription: the first at once, with or without events.
+    """The batches of one subscription, of raw events where `raw`: the first at once, with or without events.
 
     A stream that `end` ends gives out a last batch, which says where to resume. Nothing of a batch is
     kept while its reader has it: parsed, it can be many times as large as its text.
@@ -99,7 +99,7 @@ async def stream_events(
         CursorInvalid, ResumeTokenInvalid, RequestInvalid, LoopNotFound, EventsNotFound, ArtifactNotRegular
     """
     with folders.follow(log.open_folder) as changes:
-        stream = _Stream(log, query, str(repo), end)
+        stream = _Stream(log, query, str(repo), end, raw=raw)
         try:
             async with contextlib.aclosing(stream.batches(workers, changes)) as batches:
                 with contextlib.suppress(StopAsyncIteration):
@@ -123,9 +123,10 @@ class _Stream:
     """What the last turn has made, until it is given out."""
     _caught_up = False
 
-    def __init__(self, log: EventLog, query: EventQuery, repo: str, end: StreamEnd) -> None:
+    def __init__(self, log: EventLog, query: EventQuery, repo: str, end: StreamEnd, *, raw: bool) -> None:
         self._log = log
         self._query = query
+        self._raw = raw
         self._repo = repo
         self._end = end
         self._ends_at = time.monotonic() + end.age_limit()
@@ -166,7 +167,7 @@ class _Stream:
             if self._sent_enough() or (self._caught_up and not self._query.follow):
                 return
             if self._is_over():
-                yield self._batch([], [])
+                yield self._bookmark()
                 return
             if self._caught_up:
                 await self._wait(changes, silence)
@@ -212,7 +213,8 @@ class _Stream:
         return self._end.requested or time.monotonic() >= self._ends_at
 
     def _says_something(self) -> bool:
-        return self._found is not None and bool(self._found.events or self._found.skipped)
+        found = self._found
+        return found is not None and bool(found.events or found.raw_events or found.skipped)
 
     def _given(self) -> EventBatch:
         """What the last turn has made; it is not held here any longer."""
@@ -236,7 +238,7 @@ class _Stream:
             looking, self._looking = self._looking, None
             if goes_on(looking):
                 self._looking = looking
-                self._found = replace(self._batch([], []), caught_up=False)
+                self._found = replace(self._bookmark(), caught_up=False)
                 self._caught_up = False
                 return None
         self._found, fault = self._next_batch()
@@ -262,39 +264,61 @@ class _Stream:
             line_count=self._view.lines,
         )
         events: list[EventEnvelope] = []
+        raw_events: list[RawEvent] = []
         skipped: list[SkippedRecord] = []
-        size, pace = 0, Pace()
-        while (record := self._reader.take(self._view.end, pace)) is not None:
+        fault: EventMalformed | None = None
+        reader, end, pace = self._reader, self._view.end, Pace()
+        before, size = self._sent, 0
+        most = min(MAX_BATCH_EVENTS, self._query.max_events - before if self._query.max_events else MAX_BATCH_EVENTS)
+        while self._sent - before < most and (record := reader.take(end, pace)) is not None:
             size += len(record.text)
-            if size > MAX_BATCH_BYTES and (events or skipped):
-                self._reader.put_back(record)
+            if size > MAX_BATCH_BYTES and (self._sent > before or skipped):
+                reader.put_back(record)
                 break
+            line = record.last_line
             try:
-                events.append(build_event(judged(record), context))
+                value = _value_of(record)
+                if self._raw:
+                    check_event(value, line, context)
+                    raw_events.append((line, record.text.decode()))
+                else:
+                    events.append(build_event(value, record.text.decode(), line, context))
             except ContractError as error:
                 if not self._query.skip_malformed:
-                    self._reader.put_back(record)
-                    return self._batch(events, skipped), _malformed(record, error)
+                    reader.put_back(record)
+                    fault = _malformed(record, error)
+                    break
                 skipped.append(_skipped(record, error))
+                most -= 1
             else:
-                self._last_line = record.last_line
+                self._last_line = line
                 self._sent += 1
-            if len(events) + len(skipped) == MAX_BATCH_EVENTS or self._sent_enough():
-                break
-        return self._batch(events, skipped), None
+        found = replace(
+            self._bookmark(), events=events, raw_events=raw_events, skipped=skipped, emitted_at=context.emitted_at
+        )
+        return found, fault
 
     def _sent_enough(self) -> bool:
         return 0 < self._query.max_events <= self._sent
 
-    def _batch(self, events: list[EventEnvelope], skipped: list[SkippedRecord]) -> EventBatch:
+    def _bookmark(self) -> EventBatch:
+        """Where the stream stands, without events."""
         return EventBatch(
-            events=events,
+            events=[],
             cursor={"eventLineOffset": self._last_line, "eventLineCount": self._view.lines},
             resume_token=str(self._reader.token()),
             caught_up=self._reader.at_end(self._view.end),
-            skipped=skipped,
+            skipped=[],
             emitted_at=clock.now(),
         )
+
+
+def _value_of(record: Record) -> Json:
+    if record.value is None:
+        record = judged(record)
+    if record.value is None:
+        raise ContractError(record.fault or "malformed")
+    return record.value
 
 
 def _malformed(record: Record, error: ContractError) -> EventMalformed:
