@@ -23,7 +23,9 @@ from sprite_agent.control.state_folder import StateFolder
 from sprite_agent.errors import JournalCorrupt, JournalUnavailable
 from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.log import EventLog
-from sprite_agent.event_log.stream import StreamEnd, Workers, stream_events
+from sprite_agent.event_log.stream import StreamEnd, stream_events
+from sprite_agent.event_log.tail import Tails
+from sprite_agent.event_log.workers import Workers
 from sprite_agent.snapshot import build_snapshot, read_artifacts
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ class Repo:
         self._files = ArtifactFiles(self.path)
         self._folders = FolderWatch()
         self._workers = Workers()
+        self._tails = Tails(str(self.path), self._folders, self._workers)
         self._stream_end = StreamEnd(max_stream_age)
         self._engine = ControlEngine(
             files=self._files,
@@ -128,7 +131,7 @@ class Repo:
         self._files.require_loop(query.loop_id)
         log = self._log(query.loop_id)
         batches = stream_events(
-            log, query, raw=raw, repo=self.path, workers=self._workers, folders=self._folders, end=self._stream_end
+            log, query, raw=raw, repo=self.path, workers=self._workers, tails=self._tails, end=self._stream_end
         )
         async with contextlib.aclosing(batches):
             with contextlib.suppress(StopAsyncIteration):
@@ -138,7 +141,7 @@ class Repo:
     def end_streams(self) -> None:
         """Ends every stream, now and from now on, each with a last batch that says where to resume."""
         self._stream_end.requested = True
-        self._folders.wake_all()
+        self._tails.wake_all()
 
     def recover(self) -> None:
         """Finishes what an earlier process left unfinished; nothing is run again.

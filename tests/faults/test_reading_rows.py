@@ -25,7 +25,7 @@ from sprite_agent.errors import (
     LogReplaced,
     LogTruncated,
 )
-from sprite_agent.event_log.stream import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from support.following import Follower
 from support.logs import numbered
 from support.repos import LOOP, event, line, put

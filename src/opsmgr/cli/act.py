@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import getpass
 import sys
 from typing import TYPE_CHECKING, Any
@@ -186,6 +185,7 @@ def confirm(
     json: bool,
 ) -> None:
     """Looks whether an intent's effect shows; runs nothing. Exits with 0 when it does, 2 when it does not in time."""
+    import asyncio
 
     async def run() -> Any:
         from opsmgr.intents.confirm import confirm

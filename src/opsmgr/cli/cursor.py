@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +46,7 @@ def show(*, target: Target, cursor_file: Path | None, json: bool) -> None:
 @_JSON
 def set_(*, target: Target, cursor_file: Path | None, line: int, yes: bool, json: bool) -> None:
     """Moves the cursor to a line, which must be one of the log. What is before it counts as handled."""
+    import asyncio
 
     async def look() -> SnapshotEnvelope:
         async with target.connected() as transport:

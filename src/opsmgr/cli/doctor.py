@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -27,6 +26,8 @@ def doctor(*, target: Target, json: bool) -> None:
 
     Exits with 0 when all are well, 1 when one is broken, 3 when it is one on the way to the agent.
     """
+    import asyncio
+
     people = for_people(json=json)
 
     async def run() -> list[Check]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,6 +30,7 @@ _COLUMNS = {
 @click.option("--json", is_flag=True, help="JSON, also on a terminal and for errors.")
 def loops(*, target: Target, json: bool) -> None:
     """Lists the loops of a repo, here or in a Sprite. One that can't be read is listed with the reason."""
+    import asyncio
 
     async def run() -> dict[str, Any]:
         async with target.connected() as transport:

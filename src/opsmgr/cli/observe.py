@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +39,7 @@ _MAX_EVENTS = click.option(
 @_JSON
 def snapshot(*, target: Target, trace_id: str | None, run_id: str | None, pretty: bool, json: bool) -> None:
     """Prints a snapshot of the loop as a JSON envelope."""
+    import asyncio
 
     async def run() -> None:
         async with target.connected() as transport:
@@ -72,6 +72,7 @@ def events(
 
     A malformed record ends it with an error; what comes before it is printed, and the cursor covers that.
     """
+    import asyncio
 
     async def run() -> None:
         from opsmgr.cursors import CursorFile
@@ -119,6 +120,8 @@ def watch(
     Starts from now, from the cursor file, or from the first line. Connections that break are made anew and nothing is
     lost or repeated. Readable lines on a terminal, JSON envelopes otherwise; remarks go to stderr.
     """
+    import asyncio
+
     del config
     if cursor_file is not None and len(targets) > 1:
         raise click.UsageError("--cursor-file is of one loop")
@@ -183,6 +186,8 @@ class _Watching:
         Raises:
             OpsError: one can't be watched, and the others have ended.
         """
+        import asyncio
+
         failures = [found for found in await asyncio.gather(*map(self._unless_failed, targets)) if found is not None]
         if failures:
             raise failures[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +82,7 @@ def reconcile(
     json: bool,
 ) -> None:
     """Brings the manager's files of the loop up to date: state, cursor, health, escalations, telemetry."""
+    import asyncio
 
     async def run() -> dict[str, Any]:
         from opsmgr.passes.reconcile import ReconcileOptions, reconcile

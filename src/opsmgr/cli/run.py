@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
@@ -26,6 +25,7 @@ def run(*, config_file: Path | None, metrics: str | None, log_level: str) -> Non
 
     Each target's files are kept up to date as by 'reconcile'; 'opsmgr status' tells how they are.
     """
+    import asyncio
     from dataclasses import replace
 
     from opsmgr.config import find_config, load_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -88,6 +87,8 @@ def _overview(targets: list[Target], config: Config | None) -> dict[str, Any]:
 
 def _in_depth(target: Target, config: Config | None) -> dict[str, Any]:
     """Everything that is known of one loop, and what can be read of it now."""
+    import asyncio
+
     from opsmgr import overview
     from opsmgr import store as files
     from opsmgr.intents.outbox import Outbox
@@ -114,6 +115,8 @@ def _in_depth(target: Target, config: Config | None) -> dict[str, Any]:
 
 async def _look_in_time(target: Target) -> tuple[Any, list[Any]]:
     """Likewise, or NoAnswer: who looks at 3 a.m. does not wait for an agent that is silent."""
+    import asyncio
+
     from opsmgr.errors import NoAnswer
 
     try:

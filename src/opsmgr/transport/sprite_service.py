@@ -152,7 +152,8 @@ class SpriteServiceTransport:
         try:
             while True:
                 try:
-                    message = await asyncio.wait_for(call.read(), silence)
+                    async with asyncio.timeout(silence):
+                        message = await call.read()
                 except TimeoutError as error:
                     raise NoAnswer(
                         f"{self._target} was silent for {silence:.0f} s", details={"target": self._target}

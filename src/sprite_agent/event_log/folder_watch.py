@@ -40,12 +40,6 @@ class FolderWatch:
         finally:
             changes.end()
 
-    def wake_all(self) -> None:
-        """Wakes every follower."""
-        for followers in self._followers.values():
-            for changed in followers:
-                changed.set()
-
     def close(self) -> None:
         """Ends all watching; followers go on by polling."""
         if self._inotify is not None:
@@ -118,10 +112,12 @@ class Changes:
         if self._watch is not None:
             self._folders.remove(self._watch, self._changed)
 
-    async def wait(self, timeout: float) -> None:  # noqa: ASYNC109  # a poll's period, not a failure
-        """Returns after a change, and now and then without one; after `timeout` seconds at the latest."""
+    async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109  # a poll's period, not a failure
+        """Returns after a change, and now and then without one, after `timeout` seconds at the latest: whether one."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(
                 self._changed.wait(), min(timeout, POLL_ALONE if self._watch is None else POLL_WITH_INOTIFY)
             )
+        changed = self._changed.is_set()
         self._changed.clear()
+        return changed

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.errors import CursorBeyondEnd, ResumeTokenInvalid
+from sprite_agent.event_log.newest import Newest
 from sprite_agent.event_log.pieces import Pace
 from sprite_agent.event_log.records import START, RecordReader
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
     from sprite_agent.contract.envelopes import ArtifactRef
+    from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.records import Position, Record
     from sprite_agent.event_log.resume import ResumeToken
 
@@ -86,6 +88,7 @@ class LogIndex:
         self._path = path
         self._identity = 0
         self._file: tuple[int, int] | None = None
+        self._newest: Newest | None = None
         self._forget()
 
     @property
@@ -93,8 +96,19 @@ class LogIndex:
         """Complete lines that were read so far."""
         return self._records.lines
 
-    def advance(self, log: int, aim: Aim) -> bool:
-        """Goes on for a piece with the file open as `log`; whether everything that `aim` wants was read."""
+    def keep_newest(self, *, keep: bool) -> None:
+        """Begins or ends to keep what is read from now on, for `take_newest`."""
+        self._newest = Newest(self._records.boundary) if keep else None
+
+    def take_newest(self) -> list[Portion]:
+        """What was read since the last call, up to the last view."""
+        return [] if self._newest is None else self._newest.take()
+
+    def advance(self, log: int, aim: Aim, *, soon: bool = False) -> bool:
+        """Goes on for a piece with the file open as `log`; whether everything that `aim` wants was read.
+
+        `soon`: reading again in the background is left to another look, unless it takes next to nothing.
+        """
         pace = Pace()
         status = os.fstat(log)
         file = (status.st_dev, status.st_ino)
@@ -105,6 +119,8 @@ class LogIndex:
             aim.identity, aim.size, aim.passes = self._identity, status.st_size, self._rereading.demanded
         if not self._read(log, aim.size, pace):
             return False
+        if soon and not self._rereading.demanded and self._trail.end > CHUNK:
+            return True
         end = (self._trail.end, self._trail.digest.digest())
         if not self._rereading.go_on(log, Stamp.of(status), self, end, pace):
             self._begin_anew(file)
@@ -121,11 +137,15 @@ class LogIndex:
             "sha256": self._trail.digest.hexdigest(),
             "mtimeEpoch": int(os.fstat(log).st_mtime),
         }
+        boundary = self._records.boundary
+        token = self._trail.token(boundary)
+        if self._newest is not None:
+            self._newest.cut(boundary, str(token))
         return LogView(
             lines=self._records.lines,
             end=self._end,
             last_record=self._last_record,
-            token=self._trail.token(self._records.boundary),
+            token=token,
             ref=ref,
             is_sure=self._stamp is not None and self._rereading.covers(self._stamp),
             identity=self._identity,
@@ -187,6 +207,8 @@ class LogIndex:
         self._stride = CHUNK
         self._rereading = Rereading()
         self._stamp: Stamp | None = None
+        if self._newest is not None:
+            self._newest = Newest(START)
 
     def _notice(self, status: os.stat_result) -> None:
         """Wants all read again when the file was changed without becoming longer."""
@@ -202,7 +224,7 @@ class LogIndex:
         while True:
             for record in self._coming or ():
                 if record is not None:
-                    self._last_record = record
+                    self._note(record)
                 if pace.over():
                     return False
             if self._coming is not None:
@@ -220,6 +242,11 @@ class LogIndex:
             self._coming = self._records.feed(data)
             if (newline := data.rfind(b"\n")) >= 0:
                 self._end = start + newline + 1
+
+    def _note(self, record: Record) -> None:
+        self._last_record = record
+        if self._newest is not None:
+            self._newest.add(record, self._trail)
 
     def _mark(self) -> None:
         if self._trail.end - self._marks[-1].offset >= self._stride:

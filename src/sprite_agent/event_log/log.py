@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 from sprite_agent.artifacts import loop_paths
 from sprite_agent.errors import EventsNotFound, Starting
 from sprite_agent.event_log.index import Aim, LogIndex
-from sprite_agent.event_log.pieces import Pace, finished
+from sprite_agent.event_log.pieces import Pace, finished, goes_on
 from sprite_agent.event_log.records import Position, RecordReader, judged
-from sprite_agent.event_log.rereading import CHUNK
+from sprite_agent.event_log.rereading import CHUNK, Stamp
 from sprite_agent.event_log.resume import Trail, parse_token
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sprite_agent.artifacts import ArtifactFiles
     from sprite_agent.event_log.index import LogView
+    from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.pieces import Steps
     from sprite_agent.event_log.records import Record
     from sprite_agent.event_log.resume import ResumeToken
@@ -56,7 +57,7 @@ class EventLog:
     def __init__(self, files: ArtifactFiles, loop_id: str, *, patience: float = math.inf) -> None:
         """`patience`: seconds after which a call gives up while the log is still being read."""
         self._files = files
-        self._loop_id = loop_id
+        self.loop_id = loop_id
         self._patience = patience
         self.path = loop_paths(loop_id).events
         # Guards the index; held for one piece of work, and never while anyone waits for a peer.
@@ -78,6 +79,23 @@ class EventLog:
             Starting: it takes longer than the log's patience, or others wait for it already.
         """
         return self._called(self.look_steps())
+
+    def reread(self) -> None:
+        """Reads a piece of the log again, in the background of looks that leave it out (`newest_steps`).
+
+        Raises:
+            EventsNotFound, LoopNotFound, ArtifactNotRegular
+        """
+        with contextlib.closing(self.look_steps()) as look:
+            goes_on(look)
+
+    def stamp(self) -> tuple[int, Stamp] | None:
+        """What the file at the log's path looks like, in a few microseconds: a hint whether to look at it, no more."""
+        try:
+            status = (self._files.repo / self.path).stat()
+        except OSError:
+            return None
+        return status.st_ino, Stamp.of(status)
 
     def reader_after_line(self, line: int) -> LogReader:
         """A reader of the records after line `line` (of a record over several lines, its last counts).
@@ -106,6 +124,20 @@ class EventLog:
                 if self._index.advance(log, aim):
                     return self._index.view(log)
             yield
+
+    def newest_steps(self) -> Steps[tuple[LogView, list[Portion]]]:
+        """The same for who keeps up with it (see `keep_newest`), and what has come since the last call."""
+        aim = Aim()
+        while True:
+            with self._opened() as log, self._lock:
+                if self._index.advance(log, aim, soon=True):
+                    return self._index.view(log), self._index.take_newest()
+            yield
+
+    def keep_newest(self, *, keep: bool) -> None:
+        """Begins or ends to keep what comes into the log, for one who asks for it by `newest_steps`."""
+        with self._lock:
+            self._index.keep_newest(keep=keep)
 
     def after_line_steps(self, line: int) -> Steps[Opened]:
         """See `reader_after_line`."""
@@ -151,7 +183,7 @@ class EventLog:
             waits = waits or self._waiting.acquire(blocking=False)
             if not waits or time.monotonic() >= until:
                 raise Starting(
-                    f"the event log of loop {self._loop_id} is still being read; try again in a second", retry_after=1.0
+                    f"the event log of loop {self.loop_id} is still being read; try again in a second", retry_after=1.0
                 )
 
         try:
@@ -183,9 +215,9 @@ class EventLog:
     def _open(self) -> int:
         log = self._files.open(self.path)
         if log is None:
-            self._files.require_loop(self._loop_id)
+            self._files.require_loop(self.loop_id)
             raise EventsNotFound(
-                f"required artifact missing: {self._files.repo / self.path}", details={"loopId": self._loop_id}
+                f"required artifact missing: {self._files.repo / self.path}", details={"loopId": self.loop_id}
             )
         return log
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from sprite_agent.contract import json_text
+from sprite_agent.errors import ContractError
 from sprite_agent.event_log.json_prefix import SHORT, ObjectPrefix, Verdict
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class RecordReader:
 
     def __init__(self, start: Position = START, *, judges: bool = False) -> None:
         """`judges`: objects on one line come with their value, and the others are not yet judged."""
-        self._glance = _value_of if judges else _no_value_of
+        self._glance = _glance if judges else _mere_glance
         self.lines = start.line
         """Complete lines seen, from the beginning of the log."""
         self._boundary: tuple[int, int] = start
@@ -286,13 +287,26 @@ def judged(record: Record) -> Record:
     return record._replace(value=value, fault=fault)
 
 
-def _value_of(line: bytes) -> tuple[dict[str, Any]] | None:
+def value_of(record: Record) -> dict[str, Any]:
+    """The object of a record, judged or not.
+
+    Raises:
+        ContractError: it is none; what is wrong with it.
+    """
+    if record.value is None:
+        record = judged(record)
+    if record.value is None:
+        raise ContractError(record.fault or "malformed")
+    return record.value
+
+
+def _glance(line: bytes) -> tuple[dict[str, Any]] | None:
     """The object on a line; None: it is to be looked at closely."""
     value, fault = json_text.attempt(line)
     return (value,) if fault is None and type(value) is dict else None
 
 
-def _no_value_of(line: bytes) -> tuple[None] | None:
+def _mere_glance(line: bytes) -> tuple[None] | None:
     """Whether JSON is on a line; None: it is to be looked at closely. Makes no values: they can be large."""
     try:
         _is_json(line)

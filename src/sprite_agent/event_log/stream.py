@@ -4,71 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventContext, build_event, check_event
+from sprite_agent.contract.json_text import object_in
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord
 from sprite_agent.errors import ContractError, EventMalformed, EventsNotFound, LogTruncated, LoopNotFound
+from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.event_log.pieces import Pace, goes_on
-from sprite_agent.event_log.records import judged
+from sprite_agent.event_log.records import START, value_of
 from sprite_agent.event_log.resume import START_TOKEN, parse_token
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
-    from sprite_agent.contract.envelopes import EventEnvelope, Json
+    from sprite_agent.contract.envelopes import EventEnvelope
     from sprite_agent.contract.streaming import EventQuery, RawEvent
-    from sprite_agent.event_log.folder_watch import Changes, FolderWatch
     from sprite_agent.event_log.index import LogView
     from sprite_agent.event_log.log import EventLog, LogReader
     from sprite_agent.event_log.pieces import Steps
     from sprite_agent.event_log.records import Record
+    from sprite_agent.event_log.tail import Tail, Tails
+    from sprite_agent.event_log.workers import Workers
 
-_T = TypeVar("_T")
-
-MAX_BATCH_EVENTS = 200
-MAX_BATCH_BYTES = 128 * 1024
-"""Of raw lines; one longer record makes a batch of its own."""
-QUIET_PAUSE = 0.002
-"""Seconds between two looks of a busy stream: at once when quiet, never one message per append."""
-_UNSURE_PAUSE = 0.1
-"""Seconds between looks at a log that was not yet read again since it last changed."""
 _LOSSES, _LOSS_PAUSE = 10, 0.025
 """How often a follower looks for a log that is gone or too short before it says so, and seconds in between."""
-_THREADS = 1
-"""They share one interpreter: a second one reads little more, and keeps everybody else waiting for it longer."""
-
-
-class Workers:
-    """What the streams of one repo read in: beside the event loop, and piece by piece, so that none waits for long."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="log")
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    async def run(self, piece: Callable[[], _T]) -> _T:
-        """What a piece of work returns. Whoever is cancelled meanwhile leaves when the piece is over, not under it."""
-        job = self._pool.submit(piece)
-        try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            if not job.cancel():
-                over, loop = asyncio.Event(), asyncio.get_running_loop()
-                job.add_done_callback(lambda _: loop.call_soon_threadsafe(over.set))
-                while not over.is_set():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await over.wait()
-            raise
 
 
 class StreamEnd:
@@ -85,7 +52,7 @@ class StreamEnd:
 
 
 async def stream_events(
-    log: EventLog, query: EventQuery, *, raw: bool, repo: Path, workers: Workers, folders: FolderWatch, end: StreamEnd
+    log: EventLog, query: EventQuery, *, raw: bool, repo: Path, workers: Workers, tails: Tails, end: StreamEnd
 ) -> AsyncGenerator[EventBatch]:
     """The batches of one subscription, of raw events where `raw`: the first at once, with or without events.
 
@@ -98,30 +65,35 @@ async def stream_events(
             this log.
         CursorInvalid, ResumeTokenInvalid, RequestInvalid, LoopNotFound, EventsNotFound, ArtifactNotRegular
     """
-    with folders.follow(log.open_folder) as changes:
-        stream = _Stream(log, query, str(repo), end, raw=raw)
-        try:
-            async with contextlib.aclosing(stream.batches(workers, changes)) as batches:
-                with contextlib.suppress(StopAsyncIteration):
-                    while True:
-                        yield await anext(batches)
-        finally:
-            stream.close()
+    stream = _Stream(log, query, str(repo), end, raw=raw)
+    try:
+        async with contextlib.aclosing(stream.batches(workers, tails)) as batches:
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    yield await anext(batches)
+    finally:
+        stream.close()
 
 
 class _Stream:
     """Where one subscription stands. Lives as long as the subscription.
 
-    What reads runs in threads, a piece at a time, and nothing else touches the stream meanwhile.
+    It reads the file by itself up to the log's end; what reads runs in threads, a piece at a time, and nothing
+    else touches the stream meanwhile. A follower then lets go of the file, and takes what comes from the tail.
     """
 
     _view: LogView
+    _token: str
+    """Where the stream stands; and the line and the offset of that."""
+    _position = START
     _opened: LogReader | None = None
+    """None: not opened yet, or let go of."""
     _looking: Steps[None] | None = None
     """A look at the log that is under way."""
     _found: EventBatch | None = None
     """What the last turn has made, until it is given out."""
     _caught_up = False
+    _has_begun = False
 
     def __init__(self, log: EventLog, query: EventQuery, repo: str, end: StreamEnd, *, raw: bool) -> None:
         self._log = log
@@ -130,57 +102,103 @@ class _Stream:
         self._repo = repo
         self._end = end
         self._ends_at = time.monotonic() + end.age_limit()
+        self._heard_at = time.monotonic()
         self._last_line = query.after_line
         self._sent = 0
-        self._has_moved = False
 
     def close(self) -> None:
         """Closes the descriptor."""
         if self._looking is not None:
             self._looking.close()
+            self._looking = None
         if self._opened is not None:
             self._opened.close()
+            self._opened = None
 
-    async def batches(self, workers: Workers, changes: Changes) -> AsyncGenerator[EventBatch]:
+    async def batches(self, workers: Workers, tails: Tails) -> AsyncGenerator[EventBatch]:
         """Batches until the query is satisfied."""
         async with contextlib.aclosing(self._open(workers)) as beats:
             async for beat in beats:
                 yield beat
-        heard_at, first, losses = time.monotonic(), True, 0
-        while self._opened is not None:
+        if self._opened is None:
+            return
+        tail: Tail | None = None
+        with contextlib.ExitStack() as stack:
+            turn = 0
+            while not self._is_over():
+                async with contextlib.aclosing(self._read(workers)) as batches:
+                    async for batch in batches:
+                        yield batch
+                if self._sent_enough() or not self._query.follow:
+                    return
+                if self._is_over():
+                    break
+                tail = tail or stack.enter_context(tails.follow(self._log))
+                await tail.wait(turn, self._patience())
+                if not self._query.max_events:  # else a portion of the tail may be more than is wanted
+                    async with contextlib.aclosing(self._follow(tail, workers)) as batches:
+                        async for batch in batches:
+                            yield batch
+                turn = tail.turn
+            yield self._bookmark()
+
+    async def _read(self, workers: Workers) -> AsyncGenerator[EventBatch]:
+        """What the file holds from where the stream stands, up to its end."""
+        losses = 0
+        while True:
             try:
                 fault = await workers.run(self._turn)
             except (EventsNotFound, LoopNotFound, LogTruncated):
                 # Whoever removes a log or cuts it off may be about to write it anew: what is there then decides.
                 losses += 1
-                if first or not self._query.follow or losses > _LOSSES or self._is_over():
+                if not (self._has_begun and self._query.follow) or losses > _LOSSES or self._is_over():
                     raise
                 await asyncio.sleep(_LOSS_PAUSE)
                 continue
             losses = 0
-            silence = self._query.heartbeat_interval - (time.monotonic() - heard_at)
-            if first or self._says_something() or silence <= 0:
+            if not self._has_begun or self._says_something() or self._silence() <= 0:
+                self._has_begun = True
                 yield self._given()
-                first, heard_at, silence = False, time.monotonic(), self._query.heartbeat_interval
             if fault is not None:
                 raise fault
-            if self._sent_enough() or (self._caught_up and not self._query.follow):
+            if self._caught_up or self._sent_enough() or self._is_over():
                 return
-            if self._is_over():
+
+    async def _follow(self, tail: Tail, workers: Workers) -> AsyncGenerator[EventBatch]:
+        """Gives out what the tail brings, for as long as it can be had from there."""
+        number = tail.number_of(self._view, self._position.offset)
+        if number is None:
+            return
+        self.close()
+        while not self._is_over() and tail.view is not None and (news := tail.news(number)) is not None:
+            turn, number, self._view, self._caught_up = tail.turn, news.next_number, tail.view, news.at_end
+            if news.end is not None:
+                self._position, self._token = news.end, news.token
+            if news.batch is not None:
+                self._last_line = news.batch.cursor["eventLineOffset"]
+                self._sent += len(news.batch.raw_events)
+                self._heard_at = time.monotonic()
+                yield news.batch if self._raw else await workers.run(functools.partial(self._built, news.batch))
+            elif self._silence() <= 0:
+                self._heard_at = time.monotonic()
                 yield self._bookmark()
-                return
-            if self._caught_up:
-                await self._wait(changes, silence)
+            elif news.end is None:
+                await tail.wait(turn, self._patience())
+
+    def _built(self, batch: EventBatch) -> EventBatch:
+        """The same with events instead of raw ones."""
+        context = self._context()
+        events = [build_event(object_in(text), text, line, context) for line, text in batch.raw_events]
+        return replace(batch, events=events, raw_events=[], emitted_at=context.emitted_at)
 
     async def _open(self, workers: Workers) -> AsyncGenerator[EventBatch]:
         """Finds the place to start from. Beats while a large log is read, if the place can be said before."""
         token, line = self._query.resume_token, self._query.after_line
         start = START_TOKEN if token is None else parse_token(token)
-        heard_at = time.monotonic()
         with contextlib.closing(self._open_steps()) as opening:
             while not self._is_over() and await workers.run(lambda: goes_on(opening)):
-                if time.monotonic() - heard_at >= self._query.heartbeat_interval and (token or not line):
-                    heard_at = time.monotonic()
+                if self._silence() <= 0 and (token or not line):
+                    self._heard_at = time.monotonic()
                     yield EventBatch(
                         events=[],
                         cursor={
@@ -197,17 +215,17 @@ class _Stream:
         token, line = self._query.resume_token, self._query.after_line
         steps = self._log.after_line_steps(line) if token is None else self._log.after_token_steps(token)
         self._opened, self._view = yield from steps
+        self._stand()
         if token is not None:
-            self._last_line = self._reader.position.line
+            self._last_line = self._position.line
 
-    async def _wait(self, changes: Changes, silence: float) -> None:
-        """Returns when it is time to look at the log again, after `silence` seconds at the latest."""
-        await asyncio.sleep(QUIET_PAUSE)
-        if self._has_moved:
-            changes.look_anew()
-            self._has_moved = False
-        soon = math.inf if self._view.is_sure else _UNSURE_PAUSE
-        await changes.wait(min(silence, soon, max(0.0, self._ends_at - time.monotonic())))
+    def _silence(self) -> float:
+        """Seconds until something is to be said, were it only that there is nothing."""
+        return self._heard_at + self._query.heartbeat_interval - time.monotonic()
+
+    def _patience(self) -> float:
+        """Seconds to wait for what comes."""
+        return max(0.0, min(self._silence(), self._ends_at - time.monotonic()))
 
     def _is_over(self) -> bool:
         return self._end.requested or time.monotonic() >= self._ends_at
@@ -220,6 +238,7 @@ class _Stream:
         """What the last turn has made; it is not held here any longer."""
         assert self._found is not None  # noqa: S101  # the caller has looked
         found, self._found = self._found, None
+        self._heard_at = time.monotonic()
         return found
 
     @property
@@ -242,27 +261,23 @@ class _Stream:
                 self._caught_up = False
                 return None
         self._found, fault = self._next_batch()
-        self._caught_up = self._found.caught_up
         return fault
 
     def _look_steps(self) -> Steps[None]:
         """Looks at the log again."""
-        view = yield from self._log.look_steps()
-        if view.identity != self._view.identity:
-            # Another file, or a rewritten one: go on only if it holds what was already sent.
-            reader, view = yield from self._log.after_token_steps(str(self._reader.token()))
-            self._reader.close()
-            self._opened, self._has_moved = reader, True
-        self._view = view
+        if self._opened is not None:
+            view = yield from self._log.look_steps()
+            if view.identity == self._view.identity:
+                self._view = view
+                return
+            self._opened.close()
+            self._opened = None
+        # Another file, a rewritten one, or let go of: go on only if it holds what was already sent.
+        self._opened, self._view = yield from self._log.after_token_steps(self._token)
 
     def _next_batch(self) -> tuple[EventBatch, EventMalformed | None]:
         """What can be sent now, and the malformed record that ends the stream after it."""
-        context = EventContext(
-            source={"repoPath": self._repo, "loopId": self._query.loop_id},
-            trace_id=self._query.trace_id,
-            emitted_at=clock.now(),
-            line_count=self._view.lines,
-        )
+        context = self._context()
         events: list[EventEnvelope] = []
         raw_events: list[RawEvent] = []
         skipped: list[SkippedRecord] = []
@@ -277,7 +292,7 @@ class _Stream:
                 break
             line = record.last_line
             try:
-                value = _value_of(record)
+                value = value_of(record)
                 if self._raw:
                     check_event(value, line, context)
                     raw_events.append((line, record.text.decode()))
@@ -293,6 +308,8 @@ class _Stream:
             else:
                 self._last_line = line
                 self._sent += 1
+        self._stand()
+        self._caught_up = reader.at_end(end)
         found = replace(
             self._bookmark(), events=events, raw_events=raw_events, skipped=skipped, emitted_at=context.emitted_at
         )
@@ -301,24 +318,28 @@ class _Stream:
     def _sent_enough(self) -> bool:
         return 0 < self._query.max_events <= self._sent
 
+    def _stand(self) -> None:
+        """Notes where the reader has got to."""
+        self._position, self._token = self._reader.position, str(self._reader.token())
+
+    def _context(self) -> EventContext:
+        return EventContext(
+            source={"repoPath": self._repo, "loopId": self._query.loop_id},
+            trace_id=self._query.trace_id,
+            emitted_at=clock.now(),
+            line_count=self._view.lines,
+        )
+
     def _bookmark(self) -> EventBatch:
         """Where the stream stands, without events."""
         return EventBatch(
             events=[],
             cursor={"eventLineOffset": self._last_line, "eventLineCount": self._view.lines},
-            resume_token=str(self._reader.token()),
-            caught_up=self._reader.at_end(self._view.end),
+            resume_token=self._token,
+            caught_up=self._caught_up,
             skipped=[],
             emitted_at=clock.now(),
         )
-
-
-def _value_of(record: Record) -> Json:
-    if record.value is None:
-        record = judged(record)
-    if record.value is None:
-        raise ContractError(record.fault or "malformed")
-    return record.value
 
 
 def _malformed(record: Record, error: ContractError) -> EventMalformed:

@@ -17,8 +17,8 @@ from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARAC
 from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
 from sprite_agent.control.journal import RETENTION_SECONDS
 from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, RequestInvalid, Starting, UnknownFields
+from sprite_agent.event_log.newest import MAX_BATCH_EVENTS
 from sprite_agent.event_log.records import MAX_RECORD_BYTES
-from sprite_agent.event_log.stream import MAX_BATCH_EVENTS
 from sprite_agent.face.answers import Answer, OpenCalls, answered
 from sprite_agent.face.credential_files import CredentialFiles, CredentialSources
 from sprite_agent.face.limits import CallerLimits
@@ -72,6 +72,8 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         self._credentials = credentials or CredentialFiles(CredentialSources())
         self._draining = False
         self._starting = starting
+        self._made: tuple[EventBatch, JournalHead | None, pb.StreamEventsResponse] | None = None
+        """The last message of raw events."""
         self.metrics = metrics or AgentMetrics()
         self.calls = OpenCalls()
         self.streams = OpenCalls()
@@ -157,7 +159,7 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
                             lag.sent(lines_left=left, caught_up=batch.caught_up)
                             sent = len(batch.events) + len(batch.raw_events)
                             self.metrics.sent(events=sent, skipped=len(batch.skipped))
-                            message = _batch_to_message(batch, await self._repo.recent_journal_head(), source)
+                            message = self._message(batch, await self._repo.recent_journal_head(), source)
                             del batch  # parsed, it can be many times as large, and a slow reader keeps it waiting
                             yield message
             except (asyncio.CancelledError, GeneratorExit):
@@ -203,6 +205,16 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         return pb.GetControlResponse(
             result=control_mirror.result_to_message(result), journal=_head_to_message(self._repo.journal_head())
         )
+
+    def _message(
+        self, batch: EventBatch, head: JournalHead | None, source: envelopes_pb2.Source
+    ) -> pb.StreamEventsResponse:
+        """The batch as a message: the same one for all the followers that are given the same batch."""
+        if not batch.raw_events:
+            return _batch_to_message(batch, head, source)
+        if self._made is None or self._made[0] is not batch or self._made[1] is not head:
+            self._made = batch, head, _batch_to_message(batch, head, source)
+        return self._made[2]
 
     def _refuse_while_draining(self) -> None:
         if self._draining:
