@@ -8,7 +8,9 @@ is read again for a moment before it counts as broken.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import os
 import stat
@@ -22,6 +24,7 @@ from sprite_agent.contract.loop_ids import LOOP_ID, check_loop_id
 from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, ContractError, LoopNotFound
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sprite_agent.contract.envelopes import ArtifactRef
@@ -59,6 +62,7 @@ class Document:
     ref: ArtifactRef
 
 
+@functools.lru_cache(maxsize=1024)
 def loop_paths(loop_id: str) -> LoopPaths:
     """The artifact paths of a loop.
 
@@ -131,6 +135,15 @@ class ArtifactFiles:
                 os.close(folder)
             folder = below
         return folder
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[ArtifactFiles]:
+        """The same files, for a few reads in a row: each folder is looked for once in the block, not at each read."""
+        kept = _KeptFolders(self.repo)
+        try:
+            yield kept
+        finally:
+            kept.close()
 
     def require_loop(self, loop_id: str) -> LoopPaths:
         """The paths of a loop that has an artifact folder.
@@ -206,6 +219,27 @@ class ArtifactFiles:
                 f"{self.repo / path} is reached through a link or is no regular file", details={"path": path}
             )
         return ArtifactMalformed(f"{self.repo / path} can't be opened: {error.strerror}", details={"path": path})
+
+
+class _KeptFolders(ArtifactFiles):
+    """Keeps each folder open that was asked for. Belongs to one thread; close it."""
+
+    def __init__(self, repo: Path) -> None:
+        super().__init__(repo)
+        self._folders: dict[PurePosixPath, int | None] = {}
+
+    def open_folder(self, path: PurePosixPath) -> int | None:
+        """See `ArtifactFiles`."""
+        if path not in self._folders:
+            self._folders[path] = super().open_folder(path)
+        folder = self._folders[path]
+        return None if folder is None else os.dup(folder)
+
+    def close(self) -> None:
+        """Closes the folders."""
+        for folder in self._folders.values():
+            if folder is not None:
+                os.close(folder)
 
 
 def _why_refused(status: os.stat_result, owner: int) -> str | None:

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sprite_agent.artifacts import ArtifactFiles
+from sprite_agent.artifacts import ArtifactFiles, loop_paths
 from sprite_agent.callers import THIS_USER
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, check_request
@@ -120,8 +120,7 @@ class Repo:
             ArtifactMalformed: an artifact can't be read as what it should be.
             Starting: the log is still being read.
         """
-        paths = self._files.require_loop(loop_id)
-        found = read_artifacts(self._files, paths, self._log(loop_id).refresh())
+        found = read_artifacts(self._files, loop_paths(loop_id), self._log(loop_id).refresh())
         reading = build_snapshot(found, repo=str(self.path), loop_id=loop_id, trace_id=trace_id, run_id=run_id)
         return replace(reading, findings=self._findings(loop_id, found.approval.value))
 

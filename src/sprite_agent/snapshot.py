@@ -59,14 +59,15 @@ def read_artifacts(files: ArtifactFiles, paths: LoopPaths, log: LogView) -> Loop
     Raises:
         ArtifactMalformed, ArtifactNotRegular
     """
-    return LoopArtifacts(
-        log=log,
-        run_summary=files.read_document(paths.run_summary, limit=MAX_SUMMARY_BYTES),
-        state=files.read_document(STATE),
-        active_run=files.read_document(ACTIVE_RUN),
-        approval=files.read_document(paths.approval),
-        heartbeat=files.read_document(paths.heartbeat),
-    )
+    with files.at_once() as opened:
+        return LoopArtifacts(
+            log=log,
+            run_summary=opened.read_document(paths.run_summary, limit=MAX_SUMMARY_BYTES),
+            state=opened.read_document(STATE),
+            active_run=opened.read_document(ACTIVE_RUN),
+            approval=opened.read_document(paths.approval),
+            heartbeat=opened.read_document(paths.heartbeat),
+        )
 
 
 def build_snapshot(
