@@ -379,9 +379,9 @@ class StreamEventsRequest(_message.Message):
     trace_id: _builtins.str
     """Passed on into the envelopes; unset: null there."""
     raw_events: _builtins.bool
-    """Send each event as the record it follows from (raw_events instead of events): a
-    third of the bytes, and a fraction of the work on both sides. For programs that have
-    the contract's rules; the agent has applied them, and sends no record that they refuse.
+    """Send each event as the record it follows from (raw_events instead of events): less
+    than half of the bytes, and of the work on both sides. For programs that have the
+    contract's rules; the agent has applied them, and sends no record that they refuse.
     """
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:

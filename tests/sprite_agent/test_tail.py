@@ -1,0 +1,254 @@
+"""What comes into a log is read, judged and checked once for all who follow it, and each still gets all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sprite_agent.contract.events import check_event
+from sprite_agent.contract.streaming import EventQuery
+from sprite_agent.errors import EventMalformed
+from sprite_agent.event_log import newest, tail
+from sprite_agent.event_log.log import EventLog
+from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.repo import Repo
+from support.following import Follower
+from support.repos import LOOP, LoopFiles, event, line
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> LoopFiles:
+    return LoopFiles(tmp_path / "repo")
+
+
+@pytest.fixture
+async def repo(loop: LoopFiles, tmp_path: Path) -> AsyncIterator[Repo]:
+    repo = Repo(loop.repo, state_folder=tmp_path / "state", runtime=None)
+    yield repo
+    repo.close()
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often the tail has checked each line."""
+    counted: Counter[int] = Counter()
+    check = check_event
+
+    def counting(value: dict[str, Any], number: int, context: Any) -> None:
+        counted[number] += 1
+        check(value, number, context)
+
+    monkeypatch.setattr(tail, "check_event", counting)
+    return counted
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An entry for each look at the log, and whose it is."""
+    noted: list[str] = []
+    for name in ("look_steps", "newest_steps", "after_token_steps"):
+        monkeypatch.setattr(EventLog, name, _noting(noted, name))
+    return noted
+
+
+def _noting(noted: list[str], name: str) -> Any:
+    steps = getattr(EventLog, name)
+
+    def noting(log: EventLog, *words: Any) -> Any:
+        noted.append(name)
+        return steps(log, *words)
+
+    return noting
+
+
+def numbered(first: int, last: int, *, width: int = 0) -> bytes:
+    """Lines with events, from one number to another."""
+    return b"".join(line(event(n=number, text="x" * width)) for number in range(first, last + 1))
+
+
+def follow(repo: Repo, **query: Any) -> Follower:
+    return Follower(repo.stream_events(EventQuery(**{"loop_id": LOOP, "follow": True, **query})))
+
+
+def waiting(repo: Repo) -> int:
+    """How many wait for what the tails bring."""
+    return sum(len(each._waiting) for each in repo._tails._tails.values())  # noqa: SLF001  # nothing else tells
+
+
+def open_logs() -> int:
+    """How many descriptors of the log this process has open."""
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the folder's own
+            found += "events.jsonl" in str(descriptor.readlink())
+    return found
+
+
+@contextlib.asynccontextmanager
+async def following(repo: Repo, loop: LoopFiles, count: int, **query: Any) -> AsyncIterator[list[Follower]]:
+    """So many followers, who have all been given line 1 from the file and line 2 from the tail."""
+    loop.append(numbered(1, 1))
+    async with contextlib.AsyncExitStack() as stack:
+        followers = [await stack.enter_async_context(follow(repo, **query)) for _ in range(count)]
+        await asyncio.gather(*(follower.until_lines(1) for follower in followers))
+        asking = [asyncio.ensure_future(follower.until_lines(2)) for follower in followers]
+        await eventually(lambda: waiting(repo) == count, "all wait for what comes")
+        loop.append(numbered(2, 2))
+        await asyncio.gather(*asking)
+        yield followers
+
+
+async def test_every_line_is_checked_once_however_many_follow(
+    repo: Repo, loop: LoopFiles, checks: Counter[int]
+) -> None:
+    async with following(repo, loop, 20) as followers:
+        loop.append(numbered(3, 40))
+
+        for follower in followers:
+            assert await follower.until_lines(40) == list(range(1, 41))
+
+    assert {checks[number] for number in range(3, 41)} == {1}
+
+
+async def test_followers_who_wait_look_at_nothing_and_hold_nothing_open(
+    repo: Repo, loop: LoopFiles, looks: list[str]
+) -> None:
+    async with following(repo, loop, 20, heartbeat_interval=0.1) as followers:
+        looks.clear()
+
+        for _ in range(5):  # beats
+            await asyncio.gather(*(follower.next() for follower in followers))
+
+        assert set(looks) <= {"newest_steps", "look_steps"}
+        assert len(looks) < 20  # the tail's own, while the log has just changed
+        assert open_logs() == 0
+
+
+async def test_all_who_are_at_the_same_place_are_given_the_same_batch(repo: Repo, loop: LoopFiles) -> None:
+    loop.append(numbered(1, 1))
+    query = EventQuery(loop_id=LOOP, follow=True)
+    async with contextlib.AsyncExitStack() as stack:
+        streams = [
+            await stack.enter_async_context(contextlib.aclosing(repo.stream_events(query, raw=True))) for _ in range(3)
+        ]
+        for stream in streams:
+            await anext(stream)
+        asking = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await eventually(lambda: waiting(repo) == 3, "all wait for what comes")
+        loop.append(numbered(2, 2))
+
+        batches = await asyncio.gather(*asking)
+
+    assert [number for number, _ in batches[0].raw_events] == [2]
+    assert all(batch is batches[0] for batch in batches)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+async def test_a_burst_comes_in_batches_of_bounded_size(repo: Repo, loop: LoopFiles, *, raw: bool) -> None:
+    query = EventQuery(loop_id=LOOP, follow=True)
+    sizes, seen = [], 0
+    async with contextlib.aclosing(repo.stream_events(query, raw=raw)) as batches:
+        await anext(batches)
+        asking = asyncio.ensure_future(anext(batches))
+        await eventually(lambda: waiting(repo) == 1, "it waits for what comes")
+        loop.append(numbered(1, 3 * MAX_BATCH_EVENTS), numbered(601, 900, width=2000))
+        batch = await asking
+        while seen < 900:
+            texts = [text for _, text in batch.raw_events] or [found["event"]["raw"].text for found in batch.events]  # type: ignore[attr-defined]  # an OpenObject
+            seen += len(texts)
+            sizes.append((len(texts), sum(map(len, texts))))
+            if seen < 900:
+                batch = await asyncio.wait_for(anext(batches), 10)
+
+    assert seen == 900
+    assert max(count for count, _ in sizes) <= MAX_BATCH_EVENTS
+    assert max(size for _, size in sizes) <= MAX_BATCH_BYTES
+
+
+@pytest.mark.parametrize("kept", [300, 3000])
+async def test_a_reader_too_slow_for_the_window_misses_nothing(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    monkeypatch.setattr(tail, "_MAX_KEPT", kept)
+    monkeypatch.setattr(newest, "_MAX_KEPT", 4 * kept)
+    async with following(repo, loop, 2) as (quick, slow):
+        for number in range(3, 60):
+            loop.append(numbered(number, number, width=50))
+            await quick.until_lines(number)
+
+        assert quick.lines == list(range(1, 60))
+        assert await slow.until_lines(59) == list(range(1, 60))
+
+
+async def test_more_at_once_than_is_kept_is_read_from_the_file(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newest, "_MAX_KEPT", 1000)
+    async with following(repo, loop, 3) as followers:
+        loop.append(numbered(3, 1002, width=100))
+
+        for follower in followers:
+            assert await follower.until_lines(1002) == list(range(1, 1003))
+
+
+async def test_a_malformed_record_ends_those_who_do_not_skip_it_after_what_came_before(
+    repo: Repo, loop: LoopFiles
+) -> None:
+    async with following(repo, loop, 2) as (strict, other), follow(repo, skip_malformed=True) as skipping:
+        await skipping.until_lines(2)
+        loop.append(numbered(3, 3), b"not json\n", numbered(5, 5))
+
+        for follower in (strict, other):
+            with pytest.raises(EventMalformed, match="line 4"):
+                await follower.to_end()
+            assert follower.lines == [1, 2, 3]
+        assert await skipping.until_lines(4) == [1, 2, 3, 5]
+        assert [record.first_line for batch in skipping.seen for record in batch.skipped] == [4]
+        loop.append(numbered(6, 6))
+        assert await skipping.until_lines(5) == [1, 2, 3, 5, 6]
+
+
+async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: LoopFiles) -> None:
+    async with following(repo, loop, 2) as (first, last):
+        (task,) = [each._task for each in repo._tails._tails.values()]  # noqa: SLF001
+        await first.close()
+        loop.append(numbered(3, 3))
+        assert await last.until_lines(3) == [1, 2, 3]
+
+    assert repo._tails._tails == {}  # noqa: SLF001
+    await asyncio.wait({task})
+    assert task.cancelled()
+
+
+async def test_somebody_elses_look_takes_nothing_from_the_followers(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot reads on in the same index; what it passes still comes to those who follow."""
+    async with following(repo, loop, 3) as followers:
+        for number in range(3, 30):
+            loop.append(numbered(number, number))
+            await asyncio.to_thread(repo.read_loop, LOOP)
+        for follower in followers:
+            assert await follower.until_lines(29) == list(range(1, 30))
+
+
+async def test_the_token_of_every_batch_of_the_tail_resumes_to_the_exact_remainder(repo: Repo, loop: LoopFiles) -> None:
+    async with following(repo, loop, 1) as (follower,):
+        for number in range(3, 20):
+            loop.append(numbered(number, number), b"\n" * (number % 3))
+        await follower.until_lines(19)
+
+    everything = follower.lines
+    for batch in follower.seen:
+        rest = Follower(repo.stream_events(EventQuery(loop_id=LOOP, resume_token=batch.resume_token)))
+        await rest.to_end()
+        assert rest.lines == [number for number in everything if number > batch.cursor["eventLineOffset"]]
