@@ -28,7 +28,7 @@ class FolderWatch:
 
     def __init__(self) -> None:
         self._inotify: INotify | None = None
-        self._followers: dict[int, set[asyncio.Event]] = {}
+        self._followers: dict[int, set[Changes]] = {}
 
     @contextlib.contextmanager
     def follow(self, open_folder: Callable[[], int | None]) -> Iterator[Changes]:
@@ -49,8 +49,8 @@ class FolderWatch:
             self._inotify = None
         self._followers.clear()
 
-    def add(self, open_folder: Callable[[], int | None], changed: asyncio.Event) -> int | None:
-        """Has `changed` set from now on when the folder changes. Gives a number for `remove`; None: it can't be."""
+    def add(self, open_folder: Callable[[], int | None], changes: Changes) -> int | None:
+        """Tells `changes` from now on when the folder changes. Gives a number for `remove`; None: it can't be."""
         if not sys.platform.startswith("linux"):
             return None
         from inotify_simple import INotify, flags  # noqa: PLC0415  # there is none elsewhere
@@ -73,13 +73,13 @@ class FolderWatch:
             return None  # the system's limit is reached: polling does
         finally:
             os.close(folder)
-        self._followers.setdefault(watch, set()).add(changed)
+        self._followers.setdefault(watch, set()).add(changes)
         return watch
 
-    def remove(self, watch: int, changed: asyncio.Event) -> None:
-        """Has `changed` no longer set."""
+    def remove(self, watch: int, changes: Changes) -> None:
+        """Tells `changes` no more."""
         followers = self._followers.get(watch, set())
-        followers.discard(changed)
+        followers.discard(changes)
         if not followers and self._followers.pop(watch, None) is not None and self._inotify is not None:
             with contextlib.suppress(OSError):  # the folder itself is gone, and the watch with it
                 self._inotify.rm_watch(watch)
@@ -88,8 +88,8 @@ class FolderWatch:
         if self._inotify is None:
             return
         for watch in {event.wd for event in self._inotify.read(timeout=0)}:
-            for changed in self._followers.get(watch, ()):
-                changed.set()
+            for changes in self._followers.get(watch, ()):
+                changes.notice()
 
 
 class Changes:
@@ -98,26 +98,34 @@ class Changes:
     def __init__(self, folders: FolderWatch, open_folder: Callable[[], int | None]) -> None:
         self._folders = folders
         self._open_folder = open_folder
-        self._changed = asyncio.Event()
+        self._changed = False
+        self._waiting: asyncio.Future[None] | None = None
         self._watch: int | None = None
 
     def look_anew(self) -> None:
         """Watches what is at the folder's path now."""
-        before, self._watch = self._watch, self._folders.add(self._open_folder, self._changed)
+        before, self._watch = self._watch, self._folders.add(self._open_folder, self)
         if before is not None and before != self._watch:
-            self._folders.remove(before, self._changed)
+            self._folders.remove(before, self)
 
     def end(self) -> None:
         """Watches no more."""
         if self._watch is not None:
-            self._folders.remove(self._watch, self._changed)
+            self._folders.remove(self._watch, self)
+
+    def notice(self) -> None:
+        """There is a change."""
+        self._changed = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109  # a poll's period, not a failure
         """Returns after a change, and now and then without one, after `timeout` seconds at the latest: whether one."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(
-                self._changed.wait(), min(timeout, POLL_ALONE if self._watch is None else POLL_WITH_INOTIFY)
-            )
-        changed = self._changed.is_set()
-        self._changed.clear()
+        if not self._changed:
+            self._waiting = asyncio.get_running_loop().create_future()
+            period = POLL_ALONE if self._watch is None else POLL_WITH_INOTIFY
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(timeout, period)):
+                    await self._waiting
+        changed, self._changed = self._changed, False
         return changed

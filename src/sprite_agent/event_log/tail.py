@@ -140,7 +140,8 @@ class Tail:
         self.turn += 1
         self._made.clear()
         for woken in self._waiting:
-            _resolve(woken)
+            if not woken.done():
+                woken.set_result(None)
         self._waiting.clear()
         self._wanted.clear()
 
@@ -148,15 +149,14 @@ class Tail:
         """Returns when there has been another turn than this, after `timeout` seconds at the latest."""
         if self.turn != turn or timeout <= 0:
             return
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[None] = loop.create_future()
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.add(woken)
         self._wanted.set()
-        alarm = loop.call_later(timeout, _resolve, woken)
         try:
-            await woken
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await woken
         finally:
-            alarm.cancel()
             self._waiting.discard(woken)
 
     def number_of(self, view: LogView, offset: int) -> int | None:
@@ -270,11 +270,6 @@ class Tail:
             del self._places[gone.start]
             self._first += 1
             self._kept -= gone.size
-
-
-def _resolve(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
 
 
 def _checked(portion: Portion, context: EventContext) -> Checked:
