@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -17,6 +17,8 @@ MAX_DEPTH = 256
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 DOCUMENT_DEPTH = MAX_DEPTH + 16
 """Deepest nesting of a document that has open objects in it."""
+
+_Path: TypeAlias = tuple[str | int, ...]
 
 _MAX_BITS = 14_000
 """Of an integer: Python writes and reads up to 4,300 digits."""
@@ -143,7 +145,7 @@ def encode(value: Any) -> bytes:
             a key that is no string, a type of Python's own), or is nested deeper than
             `DOCUMENT_DEPTH`; the path says where.
     """
-    return _encode(_writable(value, "", DOCUMENT_DEPTH))
+    return _encode(_writable(value, (), DOCUMENT_DEPTH))
 
 
 def indented(text: bytes) -> bytes:
@@ -151,45 +153,47 @@ def indented(text: bytes) -> bytes:
     return msgspec.json.format(text, indent=2)
 
 
-def _writable(value: Any, path: str, depth: int) -> Any:
+def _writable(value: Any, path: _Path, depth: int) -> Any:
     """`value` with each open object replaced by its text in one line, checked on the way."""
+    if isinstance(value, str):
+        return value if value.isascii() else _text(value, path)
     if isinstance(value, OpenObject):
         # In JSON a line break can only be white space between tokens: inside a string it is escaped.
         return msgspec.Raw(value.text.replace("\n", " ").replace("\r", " ").encode())
     if isinstance(value, dict):
         _not_too_deep(path, depth)
-        return {
-            _text(key, path): _writable(item, f"{path}.{key}" if path else key, depth - 1)
-            for key, item in value.items()
-        }
+        return {_text(key, path): _writable(item, (*path, key), depth - 1) for key, item in value.items()}
     if isinstance(value, list):
         _not_too_deep(path, depth)
-        return [_writable(item, f"{path}[{index}]", depth - 1) for index, item in enumerate(value)]
-    if isinstance(value, str):
-        return _text(value, path)
+        return [_writable(item, (*path, index), depth - 1) for index, item in enumerate(value)]
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        raise ContractError(f"an integer of {value.bit_length()} bits", path=path)
+        raise ContractError(f"an integer of {value.bit_length()} bits", path=_dotted(path))
     if isinstance(value, float) and not math.isfinite(value):
-        raise ContractError(f"JSON has no form for {value}", path=path)
+        raise ContractError(f"JSON has no form for {value}", path=_dotted(path))
     if value is not None and not isinstance(value, bool | int | float):
-        raise ContractError(f"JSON has no form for a {type(value).__name__}", path=path)
+        raise ContractError(f"JSON has no form for a {type(value).__name__}", path=_dotted(path))
     return value
 
 
-def _not_too_deep(path: str, depth: int) -> None:
+def _not_too_deep(path: _Path, depth: int) -> None:
     if depth <= 0:
-        raise ContractError(f"nested deeper than {DOCUMENT_DEPTH} levels", path=path[:80])
+        raise ContractError(f"nested deeper than {DOCUMENT_DEPTH} levels", path=_dotted(path)[:80])
 
 
-def _text(value: Any, path: str) -> str:
+def _text(value: Any, path: _Path) -> str:
     if not isinstance(value, str):
-        raise ContractError(f"a key must be a string, this is {value!r}", path=path)
+        raise ContractError(f"a key must be a string, this is {value!r}", path=_dotted(path))
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ContractError(f"a lone surrogate at character {error.start}", path=path) from error
+            raise ContractError(f"a lone surrogate at character {error.start}", path=_dotted(path)) from error
     return value
+
+
+def _dotted(path: _Path) -> str:
+    """A path as people write it: spelled out only where something is wrong there."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def _depth(data: bytes) -> int:
