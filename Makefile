@@ -39,8 +39,8 @@ protos-check: setup  ## protos are linted, compatible with the baseline, and the
 protos-baseline: setup  ## records the present protos as what later ones must stay compatible with
 	@$(BIN)/python tools/protos.py baseline
 
-bench: setup  ## benchmarks; never part of the tests
-	@echo "bench: no benchmarks yet"
+bench: setup  ## benchmarks, all or those of ARGS="replay live --json out.json"; never part of the tests
+	@$(BIN)/python -m tools.bench $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,180 @@
+"""Runs benchmarks and reports what they found, as ratios that can be measured again anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from tools.bench import chart, control, fanin, gen, live, machine, micro, reference, replay, report, snapshot, start
+from tools.bench.logs import LogStore
+from tools.bench.plan import Plan, ReferenceScripts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from tools.bench.results import Result
+
+BENCHMARKS: dict[str, Callable[[Plan], Result]] = {
+    "gen": gen.run,
+    "micro": micro.run,
+    "replay": replay.run,
+    "live": live.run,
+    "snapshot": snapshot.run,
+    "control": control.run,
+    "fanin": fanin.run,
+    "start": start.run,
+    "reference": reference.run,
+}
+EXIT_FAILED = 1
+EXIT_USAGE = 64
+DEADLINE = 900
+"""Seconds for one benchmark."""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("what", nargs=-1, metavar="[WHAT]...")
+@click.option("--quick", is_flag=True, help="Few and small rounds, to see that everything works. No verdicts.")
+@click.option("--seed", type=int, help="Of logs, orders and gaps. [default: a new one, which is told]")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write everything there as JSON; -: to stdout, with no table."
+)
+@click.option(
+    "--chart", "chart_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the main figures: SVG."
+)
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where to make the folder for logs and state; its disk is what fdatasync is measured on. [default: $TMPDIR]",
+)
+@click.option(
+    "--reference",
+    "reference_folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkout of the existing bash and jq adapters, to compare with.",
+)
+@click.option(
+    "--reference-poll", default="scripts/poll-events.sh", show_default=True, help="Its poll, below that folder."
+)
+@click.option(
+    "--reference-snapshot", default="scripts/snapshot.sh", show_default=True, help="Its snapshot, below that folder."
+)
+def main(
+    what: tuple[str, ...],
+    *,
+    quick: bool,
+    seed: int | None,
+    json_file: str | None,
+    chart_file: Path | None,
+    folder: Path | None,
+    reference_folder: Path | None,
+    reference_poll: str,
+    reference_snapshot: str,
+) -> None:
+    """Measures opsmgr and its agent; WHAT is one or more of:
+
+    \b
+      gen        make the logs of a seed, tell their digests
+      micro      microseconds of each step of an event
+      replay     a whole log, agent to manager, against raw lines and orjson.loads
+      live       append to validated event; 1, 10, 100 followers; a hurried writer; idle
+      snapshot   GetSnapshot and resume on a long log, against a no-op call
+      control    ExecuteControl against its command and fdatasync; one key 16 times
+      fanin      100, 500, 2,000 streams of one manager; memory, delay
+      start      start of both programs
+      reference  the existing adapters; only with --reference
+
+    Without WHAT: all of them. Each verdict is met, missed, or not resolved: the target lies
+    where the same code, measured twice, may differ. Exits with 0 when everything was measured,
+    whatever the verdicts, 1 when a benchmark failed, 64 when it was called wrongly.
+    """  # noqa: D301, D415  # \b keeps click from filling the list
+    if unknown := [name for name in what if name not in BENCHMARKS]:
+        raise click.UsageError(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    if "reference" in what and reference_folder is None:
+        raise click.UsageError("reference needs --reference DIR")
+    names = list(what) or [name for name in BENCHMARKS if name != "reference" or reference_folder]
+    told = Console(stderr=True, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="opsmgr-bench-", dir=folder) as scratch:
+        place = Path(scratch).resolve()
+        seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+        told.print(f"seed {seed}, in {place}")
+        plan = Plan(
+            seed=seed,
+            quick=quick,
+            folder=place,
+            logs=LogStore(place, seed),
+            say=lambda text: told.print(text, style="dim"),
+            reference=None
+            if reference_folder is None
+            else ReferenceScripts(folder=reference_folder, poll_events=reference_poll, snapshot=reference_snapshot),
+        )
+        found = measure(plan, names)
+    if json_file == "-":
+        click.echo(json.dumps(report.document(found), indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 150).print(report.table(found))
+        if json_file is not None:
+            Path(json_file).write_text(json.dumps(report.document(found), indent=2) + "\n")
+    if chart_file is not None:
+        chart.draw(found, chart_file)
+
+
+def measure(plan: Plan, names: list[str]) -> report.Report:
+    """Runs the benchmarks of these names, one after another."""
+    before, results, seconds = machine.load(), {}, {}
+    for name in dict.fromkeys(names):
+        began = time.monotonic()
+        with _deadline(name):
+            results[name] = BENCHMARKS[name](plan)
+        seconds[name] = time.monotonic() - began
+    return report.Report(
+        seed=plan.seed,
+        quick=plan.quick,
+        machine=machine.describe(plan.folder),
+        load={"before": before, "after": machine.load()},
+        seconds=seconds,
+        results=results,
+    )
+
+
+@contextlib.contextmanager
+def _deadline(name: str) -> Iterator[None]:
+    """Ends what takes too long, by an error that unwinds, so that its processes are ended too."""
+
+    def too_long(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"{name} took longer than {DEADLINE} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(DEADLINE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def _end(number: int, _frame: FrameType | None) -> Any:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)  # so that the processes are ended
+    try:
+        main.main(prog_name="python -m tools.bench", standalone_mode=False)
+    except click.ClickException as wrong:
+        wrong.show()
+        sys.exit(EXIT_USAGE)
+    except (reference.ReferenceMissing, RuntimeError, TimeoutError) as failed:
+        print(f"bench: {failed}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,98 @@
+"""The floors: the least that the same gRPC does for a call and for a line. Runs in workers, server and client apart."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import orjson
+
+from opsmgr.transport.sprite_service import CHANNEL_OPTIONS
+from sprite_agent.event_log.stream import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.face.server import OPTIONS
+from tools.bench.processes import Server, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+SERVICE = "bench.Floor"
+NOOP = f"/{SERVICE}/Noop"
+RELAY = f"/{SERVICE}/Relay"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Relayed:
+    """What a client of the relay has got."""
+
+    size: int
+    """Bytes."""
+    seconds: float
+
+
+_serving: list[grpc.aio.Server] = []
+"""Keeps the server of this process alive."""
+
+
+@contextlib.contextmanager
+def floor() -> Iterator[Server]:
+    """A bare server in a process of its own, with the agent's options and no checks."""
+    with Worker() as worker:
+        port = worker.call(_serve)
+        yield Server(address=f"127.0.0.1:{port}", token="unchecked")  # noqa: S106  # sent as an agent's is
+
+
+async def _serve() -> int:
+    server = grpc.aio.server(options=OPTIONS)
+    handlers: dict[str, Any] = {
+        "Noop": grpc.unary_unary_rpc_method_handler(_noop),
+        "Relay": grpc.unary_stream_rpc_method_handler(_relay),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    _serving.append(server)
+    return port
+
+
+async def _noop(_request: bytes, _context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    return b""
+
+
+async def _relay(request: bytes, _context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+    """The lines of the log at the path that was sent, as they are, in batches as large as the agent's."""
+    batch: list[bytes] = []
+    size = 0
+    with Path(request.decode()).open("rb") as log:  # noqa: ASYNC230  # a floor has no threads
+        for line in log:
+            batch.append(line)
+            size += len(line)
+            if len(batch) == MAX_BATCH_EVENTS or size >= MAX_BATCH_BYTES:
+                yield b"".join(batch)
+                batch.clear()
+                size = 0
+    yield b"".join(batch)
+
+
+async def relay_once(server: Server, log: Path) -> Relayed:
+    """Takes a whole log from the relay. Runs in a worker."""
+    began = time.perf_counter()
+    async with grpc.aio.insecure_channel(server.address, options=CHANNEL_OPTIONS) as channel:
+        relay: Any = channel.unary_stream(RELAY)
+        call = relay(str(log).encode(), metadata=server.metadata)
+        size = 0
+        while (batch := await call.read()) is not grpc.aio.EOF:
+            size += len(batch)
+    return Relayed(size=size, seconds=time.perf_counter() - began)
+
+
+def parse_all(log: Path) -> float:
+    """CPU seconds that orjson.loads takes for every line of a log."""
+    lines = log.read_bytes().splitlines()
+    began = time.process_time()
+    for line in lines:
+        orjson.loads(line)
+    return time.process_time() - began

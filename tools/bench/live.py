@@ -1,0 +1,174 @@
+"""live: how long a line takes from just before its append to the validated event at the manager."""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tools.bench import calls, floors, manager
+from tools.bench.logs import LOOP, add_loop, append
+from tools.bench.manager import Place, Tally
+from tools.bench.processes import Agent, Worker, cpu_seconds, memory
+from tools.bench.results import Result, Series, figure
+from tools.bench.rounds import interleaved
+from tools.bench.spreads import noise, quantile, ratios, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tools.bench.manager import Deliveries
+    from tools.bench.plan import Plan
+    from tools.bench.results import Figure
+
+FOLLOWERS = (1, 10, 100)
+APPENDS = 40
+"""Of one round."""
+QUICK_APPENDS = 5
+GAPS = 0.005, 0.066
+"""Seconds between appends: about 28 a second."""
+FLAT_OUT_LINES = 20_000
+QUICK_FLAT_OUT_LINES = 500
+IDLE_SECONDS = 6.0
+QUICK_IDLE_SECONDS = 1.0
+
+
+class _Scene:
+    """A real agent with one log that grows, and a manager beside it."""
+
+    def __init__(self, plan: Plan, log: Path, agent: Agent, worker: Worker) -> None:
+        self._log = log
+        self.agent = agent
+        self.worker = worker
+        self.written = 0
+        self.appends = plan.sized(APPENDS, QUICK_APPENDS)
+        self._chance = random.Random(f"{plan.seed} gaps")  # noqa: S311  # the same each time
+        self.tally = Tally()
+
+    def follow(self, followers: int) -> None:
+        """Opens streams at the end of the log."""
+        place = Place(server=self.agent.server, loop=LOOP, after=self.written)
+        self.worker.call(manager.follow, [place] * followers)
+
+    def collect(self, lines: int) -> Deliveries:
+        """What came of the last so many lines."""
+        found = self.worker.call(manager.collect, lines)
+        self.tally += found.tally
+        return found
+
+    def gaps(self) -> list[float]:
+        """Pauses, as random as appends are."""
+        return [self._chance.uniform(*GAPS) for _ in range(self.appends)]
+
+    def write(self) -> None:
+        """Appends one line."""
+        self.written += 1
+        append(self._log, self.written)
+
+    def paced(self, followers: int) -> list[float]:
+        """Milliseconds of each delivery, at an unhurried pace."""
+        self.follow(followers)
+        for gap in self.gaps():
+            time.sleep(gap)
+            self.write()
+        return self.collect(self.appends).delays
+
+    def flat_out(self, lines: int) -> tuple[list[float], float]:
+        """Milliseconds of each delivery from a writer that does not pause, and its lines a second."""
+        self.follow(1)
+        began = time.perf_counter()
+        for _ in range(lines):
+            self.write()
+        seconds = time.perf_counter() - began
+        return self.collect(lines).delays, lines / seconds
+
+
+def run(plan: Plan) -> Result:
+    """Few and many followers against a no-op call, a hurried writer, and silence."""
+    repo = plan.folder / "live"
+    log = add_loop(repo, LOOP, None)
+    with Agent(repo, "--max-streams-per-caller", "200") as agent, Worker() as worker, floors.floor() as floor:
+        scene = _Scene(plan, log, agent, worker)
+        arms: dict[str, Callable[[], list[float]]] = {
+            f"{followers}": partial(scene.paced, followers) for followers in FOLLOWERS
+        }
+        arms["again"] = partial(scene.paced, 1)
+        arms["noop"] = lambda: worker.call(calls.noops, floor, [0.0] * scene.appends * 5)
+        arms["paced noop"] = lambda: worker.call(calls.noops, floor, scene.gaps())
+        rounds = interleaved(plan, "live", arms)
+        plan.say("live: a writer that does not pause")
+        lines = plan.sized(FLAT_OUT_LINES, QUICK_FLAT_OUT_LINES)
+        hurried = [scene.flat_out(lines) for _ in range(min(plan.rounds, 3))]
+        plan.say("live: nothing happens, 100 followers")
+        idle = _idle(plan, scene)
+    return Result(
+        figures=(
+            *_latencies(rounds),
+            figure("live.flat_out.p99", [quantile(delays, 0.99) for delays, _ in hurried], noise=_spread_of(hurried)),
+            figure(
+                "live.flat_out.p50", [quantile(delays, 0.5) for delays, _ in hurried], "ms", text="live: p50 with it"
+            ),
+            figure("live.flat_out.rate", [rate for _, rate in hurried], "lines/s", text="live: what it writes"),
+            *idle,
+            figure("live.lost", scene.tally.lost),
+            figure("live.doubled", scene.tally.doubled),
+        ),
+        series=(
+            Series(
+                key="live.growth",
+                text="live: p50 from append to validated event",
+                across="subscribers",
+                unit="ms",
+                points=tuple((float(n), spread(_medians(rounds[f"{n}"])).median) for n in FOLLOWERS),
+            ),
+        ),
+    )
+
+
+def _latencies(rounds: dict[str, list[list[float]]]) -> list[Figure]:
+    one, again, most = (_medians(rounds[arm]) for arm in ("1", "again", f"{FOLLOWERS[-1]}"))
+    noop, paced = (_medians(rounds[arm]) for arm in ("noop", "paced noop"))
+    differs = noise(again, one)
+    figures = [
+        figure("live.to_noop", ratios(one, noop), noise=differs),
+        figure("live.growth", ratios(most, one), noise=differs),
+        figure("live.noop.p50", noop, "ms", text="no-op unary, back to back: p50"),
+        figure("live.paced_noop.p50", paced, "ms", text="no-op unary, at the pace of the appends: p50"),
+        figure("live.to_paced_noop", ratios(one, paced), text="live: p50 / no-op unary at the same pace, 1 subscriber"),
+        figure("live.a_a", ratios(again, one), text="live: p50, against itself, 1 subscriber"),
+    ]
+    for followers in FOLLOWERS:
+        found = rounds[f"{followers}"]
+        head, text = f"live.{followers}", f"live: %s, {followers} subscriber{'s' if followers > 1 else ''}"
+        figures.append(figure(f"{head}.p50", _medians(found), "ms", text=text % "p50"))
+        figures.append(figure(f"{head}.p99", [quantile(delays, 0.99) for delays in found], "ms", text=text % "p99"))
+    return figures
+
+
+def _medians(rounds: list[list[float]]) -> list[float]:
+    return [quantile(delays, 0.5) for delays in rounds]
+
+
+def _spread_of(hurried: list[tuple[list[float], float]]) -> float:
+    """How far the rounds of the hurried writer lie from their median."""
+    found = spread([quantile(delays, 0.99) for delays, _ in hurried])
+    low, high = found.quartiles
+    return max(found.median - low, high - found.median) / found.median
+
+
+def _idle(plan: Plan, scene: _Scene) -> list[Figure]:
+    """What an agent uses that has many followers and nothing to tell them."""
+    scene.follow(FOLLOWERS[-1])
+    time.sleep(1.0)  # what opening them has begun comes to rest
+    seconds = plan.sized(1, 0) * IDLE_SECONDS or QUICK_IDLE_SECONDS
+    before, began = cpu_seconds(scene.agent.pid), time.perf_counter()
+    time.sleep(seconds)
+    used = (cpu_seconds(scene.agent.pid) - before) / (time.perf_counter() - began)
+    held = memory(scene.agent.pid)
+    scene.worker.call(manager.unfollow)
+    return [
+        figure("live.idle_cpu", used * 100),
+        figure("live.idle_memory", held / 1e6, "MB", text="live: agent's memory with 100 followers"),
+    ]

@@ -1,0 +1,216 @@
+"""The manager's side of a run: what follows and reads agents, through the project's own transport. Runs in workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from opsmgr.fleet.slots import Slots
+from opsmgr.subscription import subscribe
+from opsmgr.transport.sprite_service import SpriteServiceTransport
+from sprite_agent.contract.streaming import EventQuery
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from opsmgr.fleet.slots import Slot
+    from sprite_agent.contract.streaming import EventBatch
+    from tools.bench.processes import Server
+
+_LOOK = 0.02
+"""Seconds between two looks at whether everything has come."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tally:
+    """What of the lines that should have come once did not, or came again."""
+
+    lost: int = 0
+    doubled: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(lost=self.lost + other.lost, doubled=self.doubled + other.doubled)
+
+
+def tally(numbers: Sequence[int], first: int, last: int) -> Tally:
+    """Compares the line numbers that came with those that there are."""
+    came = set(numbers)
+    return Tally(
+        lost=last - first + 1 - len(came.intersection(range(first, last + 1))), doubled=len(numbers) - len(came)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """One log, read to its end."""
+
+    seconds: float
+    tally: Tally
+
+
+async def replay(server: Server, loop: str, lines: int) -> Replayed:
+    """Reads a whole log, validated."""
+    numbers: list[int] = []
+    began = time.perf_counter()
+    transport = SpriteServiceTransport(server.address, token=server.token)
+    async for batch in transport.events(EventQuery(loop_id=loop)):
+        numbers += [event["cursor"]["eventLineOffset"] for event in batch.events]
+    await transport.close()
+    seconds = time.perf_counter() - began
+    return Replayed(seconds=seconds, tally=tally(numbers, 1, lines))
+
+
+_stalled: list[object] = []
+"""Streams of this process that are open and not read."""
+
+
+async def stall(server: Server, loop: str) -> None:
+    """Opens a stream, takes one batch and no more."""
+    transport = SpriteServiceTransport(server.address, token=server.token)
+    batches = transport.events(EventQuery(loop_id=loop))
+    await anext(batches)
+    _stalled.extend((transport, batches))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A loop, and from where to follow it."""
+
+    server: Server
+    loop: str
+    after: int
+    """Lines not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deliveries:
+    """What followers have got."""
+
+    delays: list[float]
+    """Milliseconds from just before an event was written until it was here, validated; in the order of writing."""
+    tally: Tally
+
+
+class Followers:
+    """Streams that follow, each over a transport of its own."""
+
+    def __init__(self, places: Sequence[Place], slots: int) -> None:
+        self._slots = Slots(slots) if slots else None
+        self.each = [_Follower(place) for place in places]
+        self._tasks = [asyncio.create_task(follower.run(self._slots)) for follower in self.each]
+
+    async def caught_up(self) -> None:
+        """Returns once all of them have come to the end of their log."""
+        pending = [follower.caught_up.wait() for follower in self.each]
+        await _unless_failed(self._tasks, asyncio.gather(*pending))
+
+    async def received(self, lines: int) -> None:
+        """Returns once each has got so many events."""
+
+        async def all_here() -> None:
+            while any(len(follower.numbers) < lines for follower in self.each):  # noqa: ASYNC110  # counted anew
+                await asyncio.sleep(_LOOK)
+
+        await _unless_failed(self._tasks, all_here())
+
+    async def close(self) -> None:
+        """Ends them."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+        await asyncio.gather(*(follower.transport.close() for follower in self.each))
+
+
+async def _unless_failed(tasks: Sequence[asyncio.Task[None]], work: object) -> None:
+    """Waits for `work`, but no longer than until one of the tasks fails."""
+    waiting = asyncio.ensure_future(work)  # type: ignore[call-overload]  # a coroutine or a future
+    await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if task.done():
+            waiting.cancel()
+            task.result()
+            raise RuntimeError("a stream that follows has ended")
+
+
+@dataclass(slots=True)
+class _Follower:
+    """One stream, and what came by it."""
+
+    place: Place
+    transport: SpriteServiceTransport = field(init=False)
+    caught_up: asyncio.Event = field(default_factory=asyncio.Event)
+    numbers: list[int] = field(default_factory=list)
+    stamps: list[tuple[int, int]] = field(default_factory=list)
+    """When each stamped event was written, and when it was here; nanoseconds of the monotonic clock."""
+
+    def __post_init__(self) -> None:
+        self.transport = SpriteServiceTransport(self.place.server.address, token=self.place.server.token)
+
+    async def run(self, slots: Slots | None) -> None:
+        query = EventQuery(loop_id=self.place.loop, after_line=self.place.after, follow=True)
+        slot: Slot | None = None
+        async with contextlib.aclosing(subscribe(self.transport, query)) as batches:
+            async for batch in batches:
+                now = time.monotonic_ns()
+                for event in batch.events:
+                    self.numbers.append(event["cursor"]["eventLineOffset"])
+                    if "at" in (payload := event["event"]["payload"] or {}):
+                        self.stamps.append((payload["at"], now))
+                if batch.caught_up:
+                    self.caught_up.set()
+                if slots is not None:
+                    slot = await _metered(slots, slot, batch)
+
+
+async def _metered(slots: Slots, slot: Slot | None, batch: EventBatch) -> Slot | None:
+    """As the supervisor of a fleet does it: whoever has not caught up needs a slot to go on."""
+    if batch.caught_up:
+        if slot is not None:
+            slot.release()
+        return None
+    if slot is None or slot.is_over:
+        return await slots.take()
+    slot.progress()
+    return slot
+
+
+_followers: list[Followers] = []
+"""Of this process; one at a time."""
+
+
+async def warm_up(place: Place) -> None:
+    """Has this process load and allocate what the first stream needs."""
+    await follow([place])
+    await unfollow()
+
+
+async def follow(places: Sequence[Place], slots: int = 0) -> float:
+    """Opens streams; seconds until all have caught up. `slots`: how many may catch up at once, 0: all."""
+    began = time.perf_counter()
+    followers = Followers(places, slots)
+    _followers.append(followers)
+    await followers.caught_up()
+    return time.perf_counter() - began
+
+
+async def collect(lines: int) -> Deliveries:
+    """What came, once each stream has got so many lines; the streams are closed then."""
+    followers = _followers[-1]
+    await followers.received(lines)
+    await asyncio.sleep(_LOOK)  # for what comes doubled
+    await unfollow()
+    total = Tally()
+    stamps: list[tuple[int, int]] = []
+    for follower in followers.each:
+        total += tally(follower.numbers, follower.place.after + 1, follower.place.after + lines)
+        stamps += follower.stamps
+    stamps.sort()
+    return Deliveries(delays=[(here - written) / 1e6 for written, here in stamps], tally=total)
+
+
+async def unfollow() -> None:
+    """Closes the streams."""
+    await _followers.pop().close()

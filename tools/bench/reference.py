@@ -1,0 +1,84 @@
+"""reference: the existing bash and jq adapters on the same logs. Runs only where a checkout of them is given.
+
+The version of jq decides the figures: an old one takes 16 ms to start and a newer one 2 ms, and
+the adapters start it about eleven times for each event.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tools.bench.logs import LOOP, add_loop
+from tools.bench.results import Result, figure
+from tools.bench.rounds import interleaved
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tools.bench.plan import Plan
+
+EVENTS = 20
+QUICK_EVENTS = 2
+TIMEOUT = 120.0
+"""Seconds for one start of a script."""
+
+
+class ReferenceMissing(Exception):
+    """The adapters can't be run here; the message says what is missing."""
+
+
+def run(plan: Plan) -> Result:
+    """Times their poll of new events, and their snapshot."""
+    if plan.reference is None:
+        raise ReferenceMissing("reference needs --reference DIR, a checkout of the existing adapters")
+    bash, jq = _found("bash"), _found("jq")
+    poll, snapshot = (
+        _script(plan.reference.folder, name) for name in (plan.reference.poll_events, plan.reference.snapshot)
+    )
+    events = plan.sized(EVENTS, QUICK_EVENTS)
+    repo = plan.folder / "reference"
+    add_loop(repo, LOOP, plan.logs.log("small", events))
+    where = ["--repo", str(repo), "--loop", LOOP]
+    arms = {
+        "poll": partial(_milliseconds, [bash, str(poll), *where, "--from-start"]),
+        "snapshot": partial(_milliseconds, [bash, str(snapshot), *where]),
+    }
+    rounds = interleaved(plan, "reference", arms)
+    version = subprocess.run([jq, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    per_event = [milliseconds / events for milliseconds in rounds["poll"]]
+    return Result(
+        figures=(
+            figure("reference.poll", per_event, "ms", text=f"reference: poll, per event of {events}, {version}"),
+            figure("reference.snapshot", rounds["snapshot"], "ms", text=f"reference: snapshot, {version}"),
+        ),
+        notes={"jq": version},
+    )
+
+
+def _found(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        raise ReferenceMissing(f"reference needs {program}, which is not on the path")
+    return path
+
+
+def _script(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise ReferenceMissing(f"reference: there is no {path}; name the script by an option")
+    return path
+
+
+def _milliseconds(command: list[str]) -> float:
+    began = time.perf_counter()
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=TIMEOUT, env=os.environ
+    )
+    if done.returncode:
+        raise ReferenceMissing(f"reference: {' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
+    return (time.perf_counter() - began) * 1e3

@@ -1,0 +1,166 @@
+"""The targets: what is to be reached, as data. The report, the documentation and the tests all read this table."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from tools.bench.spreads import Spread
+
+Relation = Literal["<=", "<", ">=", "=="]
+_HOLDS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, "==": operator.eq}
+
+
+class Verdict(StrEnum):
+    """What a run says of a target."""
+
+    MET = "met"
+    MISSED = "missed"
+    NOT_RESOLVED = "not resolved"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What one figure should be."""
+
+    key: str
+    """Of the figure; its first word names the benchmark."""
+    text: str
+    relation: Relation
+    bound: float
+    unit: str = ""
+    gate: str = ""
+    """What of it `make check` holds to; empty: it is only reported."""
+
+    def __str__(self) -> str:
+        return f"{self.relation} {self.bound:,g}{f' {self.unit}' if self.unit else ''}"
+
+    def verdict(self, found: Spread, noise: float) -> Verdict:
+        """Met or missed, unless the bound lies where the same code, measured twice, may differ."""
+        median = found.median
+        if noise and median * (1 - noise) <= self.bound <= median * (1 + noise):
+            return Verdict.NOT_RESOLVED
+        return Verdict.MET if _HOLDS[self.relation](median, self.bound) else Verdict.MISSED
+
+
+TARGETS = (
+    Target(
+        key="replay.small.cpu_to_loads",
+        text="replay: CPU of agent and manager per event / orjson.loads of the same line, small",
+        relation="<=",
+        bound=18,
+        gate="twice the bound",
+    ),
+    Target(
+        key="replay.small.rate_to_relay",
+        text="replay: rate / raw-line relay, small",
+        relation=">=",
+        bound=0.15,
+        gate="half the bound",
+    ),
+    Target(
+        key="replay.mix.rate_to_relay",
+        text="replay: rate / raw-line relay, mix",
+        relation=">=",
+        bound=0.17,
+        gate="half the bound",
+    ),
+    Target(
+        key="replay.small.rate",
+        text="replay: both sides validated, small",
+        relation=">=",
+        bound=120_000,
+        unit="events/s",
+    ),
+    Target(
+        key="replay.mix.rate", text="replay: both sides validated, mix", relation=">=", bound=60_000, unit="events/s"
+    ),
+    Target(key="replay.lost", text="replay: lines lost", relation="==", bound=0, unit="lines", gate="the bound"),
+    Target(key="replay.doubled", text="replay: lines doubled", relation="==", bound=0, unit="lines", gate="the bound"),
+    Target(
+        key="replay.agent_peak",
+        text="agent's memory through a replay of 1,000,000 lines, stalled reader included",
+        relation="<=",
+        bound=90,
+        unit="MB",
+        gate="the bound",
+    ),
+    Target(
+        key="snapshot.growth",
+        text="GetSnapshot at 1,000,000 lines / at 100 lines",
+        relation="<=",
+        bound=1.1,
+        gate="twice the bound",
+    ),
+    Target(
+        key="snapshot.to_noop",
+        text="GetSnapshot / no-op unary, at 1,000,000 lines",
+        relation="<=",
+        bound=2,
+        gate="twice the bound",
+    ),
+    Target(
+        key="snapshot.resume_to_noop",
+        text="resume at line 999,999 of 1,000,000, by line / no-op unary",
+        relation="<=",
+        bound=3,
+        gate="twice the bound",
+    ),
+    Target(
+        key="snapshot.resume_token_to_noop",
+        text="resume at line 999,999 of 1,000,000, by token / no-op unary",
+        relation="<=",
+        bound=3,
+        gate="twice the bound",
+    ),
+    Target(
+        key="live.to_noop",
+        text="live: append to validated at the manager, p50 / no-op unary p50, 1 subscriber",
+        relation="<=",
+        bound=4,
+    ),
+    Target(key="live.flat_out.p99", text="live: p99 with a flat-out writer", relation="<", bound=10, unit="ms"),
+    Target(key="live.growth", text="live: p50 at 100 subscribers / at 1", relation="<=", bound=6),
+    Target(
+        key="live.idle_cpu", text="agent's CPU idle with 100 followers", relation="<=", bound=0.5, unit="% of a core"
+    ),
+    Target(key="live.lost", text="live: lines lost", relation="==", bound=0, unit="lines", gate="the bound"),
+    Target(key="live.doubled", text="live: lines doubled", relation="==", bound=0, unit="lines", gate="the bound"),
+    Target(key="control.to_fdatasync", text="ExecuteControl minus its command / fdatasync", relation="<=", bound=30),
+    Target(
+        key="control.executions",
+        text="one key sent 16 times at once: executions",
+        relation="==",
+        bound=1,
+        gate="the bound",
+    ),
+    Target(
+        key="fanin.idle_memory",
+        text="manager's memory per idle stream",
+        relation="<=",
+        bound=100,
+        unit="KiB",
+        gate="twice the bound",
+    ),
+    Target(
+        key="fanin.saturated_memory",
+        text="manager's memory per saturated stream",
+        relation="<=",
+        bound=1024,
+        unit="KiB",
+        gate="twice the bound",
+    ),
+    Target(key="fanin.open", text="2,000 streams on one manager: open all", relation="<", bound=2, unit="s"),
+    Target(key="fanin.p99", text="2,000 streams, 1 event/s each: p99", relation="<", bound=25, unit="ms"),
+    Target(key="fanin.lost", text="fan-in: lines lost", relation="==", bound=0, unit="lines", gate="the bound"),
+    Target(key="fanin.doubled", text="fan-in: lines doubled", relation="==", bound=0, unit="lines", gate="the bound"),
+    Target(key="start.help", text="start of opsmgr --help", relation="<", bound=150, unit="ms"),
+    Target(
+        key="start.serve", text="start of sprite-agent serve to its first answer", relation="<", bound=600, unit="ms"
+    ),
+)
+
+BY_KEY = {target.key: target for target in TARGETS}
