@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from tools.bench import chart, control, fanin, gen, live, machine, micro, reference, replay, report, snapshot, start
+from tools.bench import control, fanin, gen, live, machine, micro, reference, replay, report, snapshot, start
 from tools.bench.logs import LogStore
-from tools.bench.plan import Plan, ReferenceScripts
+from tools.bench.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,6 +102,9 @@ def main(
         raise click.UsageError(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     if "reference" in what and reference_folder is None:
         raise click.UsageError("reference needs --reference DIR")
+    adapters = None
+    if reference_folder is not None:
+        adapters = reference.find(reference_folder, poll_events=reference_poll, snapshot=reference_snapshot)
     names = list(what) or [name for name in BENCHMARKS if name != "reference" or reference_folder]
     told = Console(stderr=True, highlight=False)
     with tempfile.TemporaryDirectory(prefix="opsmgr-bench-", dir=folder) as scratch:
@@ -114,9 +117,7 @@ def main(
             folder=place,
             logs=LogStore(place, seed),
             say=lambda text: told.print(text, style="dim"),
-            reference=None
-            if reference_folder is None
-            else ReferenceScripts(folder=reference_folder, poll_events=reference_poll, snapshot=reference_snapshot),
+            adapters=adapters,
         )
         found = measure(plan, names)
     if json_file == "-":
@@ -126,6 +127,8 @@ def main(
         if json_file is not None:
             Path(json_file).write_text(json.dumps(report.document(found), indent=2) + "\n")
     if chart_file is not None:
+        from tools.bench import chart  # noqa: PLC0415  # takes a second to load
+
         chart.draw(found, chart_file)
 
 
@@ -166,15 +169,21 @@ def _end(number: int, _frame: FrameType | None) -> Any:
     raise SystemExit(128 + number)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)  # so that the processes are ended
+def run(words: list[str] | None = None) -> int:
+    """Does what the words say; the exit code."""
     try:
-        main.main(prog_name="python -m tools.bench", standalone_mode=False)
+        main.main(words, prog_name="python -m tools.bench", standalone_mode=False)
     except click.ClickException as wrong:
         wrong.show()
-        sys.exit(EXIT_USAGE)
+        return EXIT_USAGE
     except (reference.ReferenceMissing, RuntimeError, TimeoutError) as failed:
         print(f"bench: {failed}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+        return EXIT_FAILED
     except (KeyboardInterrupt, click.Abort):
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)  # so that the processes are ended
+    sys.exit(run())

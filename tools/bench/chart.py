@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -33,48 +34,58 @@ _STYLE: Any = {
 _COLOURS = {Verdict.MET: "#2da44e", Verdict.MISSED: "#cf222e", Verdict.NOT_RESOLVED: "#d4a72c"}
 _LINE = "#0969da"
 _PLAIN = "#8c959f"
+_SIGNS = {"<=": "\N{LESS-THAN OR EQUAL TO}", ">=": "\N{GREATER-THAN OR EQUAL TO}", "==": "="}
 _COLUMNS = 3
-_SHORTEST, _LONGEST = 0.02, 20.0
+_SHORTEST, _LONGEST = 0.02, 30.0
 """Bars are cut off there, on a scale of powers of ten."""
-_WIDTH = 11.0
+_WIDTH = 12.0
 """Inches, as all sizes here."""
-_BAR, _PANEL, _MARGIN = 0.3, 2.3, 0.9
+_BAR, _PANEL, _MARGIN = 0.27, 2.3, 0.9
+_SHARES = 4, 2
+"""Widths of the bars and of the words beside them."""
+_TITLE = 42
+"""Characters of a line of a title."""
 
 
 def draw(report: Report, path: Path) -> None:
     """Writes the chart of what the report has: bars for targets, a panel for each series."""
     judged = [figure for figure in report.figures if figure.target is not None and figure.target.bound > 0]
     rows = -(-len(report.series) // _COLUMNS)
-    heights = [_BAR * len(judged) + _MARGIN] * bool(judged) + [_PANEL] * rows
-    if not heights:
-        return
+    heights = [_BAR * len(judged) + _MARGIN, _PANEL * rows]
     with mpl.rc_context(_STYLE):
-        canvas = Canvas(figsize=(_WIDTH, sum(heights) + 0.5), layout=_Layout(h_pad=0.12, w_pad=0.12))
-        grid = canvas.add_gridspec(len(heights), _COLUMNS, height_ratios=heights)
+        canvas = Canvas(figsize=(_WIDTH, sum(heights)), layout=_Layout(h_pad=0.1, w_pad=0.12))
+        panes: Any = canvas.subfigures(2, 1, height_ratios=[height or 0.01 for height in heights])
+        above, below = panes
         if judged:
-            _bars(canvas.add_subplot(grid[0, :]), judged, quick=report.quick)
-        for number_, series in enumerate(report.series):
-            row, column = divmod(number_, _COLUMNS)
-            _grows(canvas.add_subplot(grid[row + bool(judged), column]), series)
+            axes, words = above.subplots(1, 2, sharey=True, width_ratios=_SHARES)
+            _bars(axes, words, judged, quick=report.quick)
+        if rows:
+            grid = below.add_gridspec(rows, _COLUMNS)
+            for place, series in enumerate(report.series):
+                _grows(below.add_subplot(grid[place]), series)
         canvas.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
 
 
-def _bars(axes: Any, figures: list[Figure], *, quick: bool) -> None:
-    """One bar for each target: how large what was measured is, as a part of the bound."""
+def _bars(axes: Any, words: Any, figures: list[Figure], *, quick: bool) -> None:
+    """One bar for each target: how large what was measured is, as a part of the bound; beside it, in words."""
+    words.axis("off")
     for row, figure in enumerate(figures):
         target = figure.target
         assert target is not None  # noqa: S101  # the caller has chosen them by it
         parts = [value / target.bound for value in (figure.spread.median, *figure.spread.quartiles)]
         median, low, high = (min(max(part, _SHORTEST), _LONGEST) for part in parts)
-        colour = _PLAIN if quick or figure.verdict is None else _COLOURS[figure.verdict]
+        verdict = None if quick else figure.verdict
+        colour = _PLAIN if verdict is None else _COLOURS[verdict]
         axes.barh(row, median - _SHORTEST, left=_SHORTEST, height=0.62, color=colour)
         axes.plot([low, high], [row, row], color="#1f2328", linewidth=1.2, solid_capstyle="butt")
-        verdict = "" if quick or figure.verdict is None else f"  {figure.verdict.value}"
-        measured = f"{number(figure.spread.median)} {figure.unit}".rstrip()
-        axes.text(max(median, high) * 1.06, row, f"{measured}   ({target}){verdict}", va="center", fontsize=8)
+        beside = {"y": row, "va": "center", "fontsize": 8}
+        words.text(0.0, s=f"{number(figure.spread.median)} {figure.unit}".rstrip(), **beside)
+        words.text(0.43, s=f"{_SIGNS.get(target.relation, target.relation)} {target.bound:,g}", **beside)
+        if verdict is not None:
+            words.text(0.72, s=verdict.value, color=colour, fontweight="bold", **beside)
     axes.axvline(1, color="#1f2328", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(_SHORTEST, _LONGEST * 8)
+    axes.set_xlim(_SHORTEST, _LONGEST)
     ticks = [0.1, 0.5, 1, 2, 10]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -82,13 +93,12 @@ def _bars(axes: Any, figures: list[Figure], *, quick: bool) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(figures) - 0.4, -0.6)
     axes.set_xlabel("measured / target, with quartiles; 1 is the target")
-    axes.set_title("Targets", loc="left", fontweight="bold")
 
 
 def _label(figure: Figure) -> str:
-    """The text of a figure, and which side of the target is the good one."""
+    """The text of a figure, and where the good side is not the left one, that."""
     at_least = figure.target is not None and figure.target.relation == ">="
-    return f"{figure.text} {'(more is better)' if at_least else ''}".rstrip()
+    return f"{figure.text} (more is better)" if at_least else figure.text
 
 
 def _grows(axes: Any, series: Series) -> None:
@@ -105,4 +115,4 @@ def _grows(axes: Any, series: Series) -> None:
     axes.set_ylim(0, max(up) * 1.25)
     axes.set_xlabel(series.across)
     axes.set_ylabel(series.unit)
-    axes.set_title(series.text, loc="left", fontsize=9, fontweight="bold")
+    axes.set_title(textwrap.fill(series.text, _TITLE), loc="left", fontsize=9, fontweight="bold")

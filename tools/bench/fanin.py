@@ -6,10 +6,11 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from tools.bench import manager
+from tools.bench import followers
+from tools.bench.followers import Place
 from tools.bench.logs import add_loop, append
-from tools.bench.manager import Place, Tally
 from tools.bench.processes import Agent, Worker, cpu_seconds, forget_peak, memory, peak_memory
+from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
 from tools.bench.spreads import noise, quantile
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tools.bench.manager import Deliveries
+    from tools.bench.followers import Deliveries
     from tools.bench.plan import Plan
     from tools.bench.results import Figure
 
@@ -44,14 +45,16 @@ PATIENCE = 300.0
 def run(plan: Plan) -> Result:
     """Grows the number of streams, then saturates some, without a limit and with it."""
     found: list[Figure] = []
+    sizes = QUICK_STREAMS if plan.quick else STREAMS
     with contextlib.ExitStack() as stack:
         fleet = _Fleet(plan, stack)
-        for streams in QUICK_STREAMS if plan.quick else STREAMS:
+        for streams in sizes:
             found += fleet.hold(streams)
         total = fleet.tally
     found += _saturate(plan)
+    medians = {figure.key: figure.spread.median for figure in found}
     by_streams = {
-        name: tuple((float(f.key.split(".")[1]), f.spread.median) for f in found if f.key.endswith(f".{name}_each"))
+        name: tuple((float(streams), medians[f"fanin.{streams}.{name}"]) for streams in sizes)
         for name in ("p99", "idle_memory")
     }
     return Result(
@@ -82,7 +85,6 @@ class _Fleet:
         self._plan = plan
         self._logs: list[tuple[Agent, str, Path]] = []
         self.tally = Tally()
-        self._written = 0
         loops = plan.sized(LOOPS, QUICK_LOOPS)
         repos = [plan.folder / f"fanin-{side}" for side in "ab"]
         logs = [{f"loop-{n}": add_loop(repo, f"loop-{n}", None) for n in range(loops)} for repo in repos]
@@ -98,9 +100,9 @@ class _Fleet:
         events = plan.sized(EVENTS, QUICK_EVENTS)
         with Worker() as worker:
             plan.say(f"fanin: opening {streams} streams")
-            worker.call(manager.warm_up, places[0])
+            worker.call(followers.warm_up, places[0])
             before = memory(worker.pid)
-            opened = worker.call(manager.follow, places)
+            opened = worker.call(followers.follow, places)
             seconds = IDLE_SECONDS / 4 if plan.quick else IDLE_SECONDS
             time.sleep(1.0)  # what opening them has begun comes to rest
             idle = (memory(worker.pid) - before) / streams / 1024
@@ -110,7 +112,7 @@ class _Fleet:
             plan.say(f"fanin: {streams} streams, {events} events each, one a second")
             used, began = cpu_seconds(worker.pid), time.perf_counter()
             self._write([log for _, _, log in logs], events)
-            got = worker.call(manager.collect, events)
+            got = worker.call(followers.collect, events)
             busy = (cpu_seconds(worker.pid) - used) / (time.perf_counter() - began) * 100
         self.tally += got.tally
         return _held(streams, opened=opened, idle=idle, cpus=(idle_cpu, busy), seconds=_by_second(got, events))
@@ -142,12 +144,12 @@ def _held(
     head, text = f"fanin.{streams}", f"{streams} streams: "
     idle_cpu, busy = cpus
     figures = [
-        figure(f"{head}.open_each", opened, "s", text=f"{text}open all"),
-        figure(f"{head}.idle_memory_each", idle, "KiB", text=f"{text}memory of each, idle"),
+        figure(f"{head}.open", opened, "s", text=f"{text}open all"),
+        figure(f"{head}.idle_memory", idle, "KiB", text=f"{text}memory of each, idle"),
         figure(f"{head}.idle_cpu", idle_cpu, "%", text=f"{text}manager's CPU, idle"),
         figure(f"{head}.busy_cpu", busy, "%", text=f"{text}manager's CPU at 1 event/s each"),
         figure(f"{head}.p50", [quantile(delays, 0.5) for delays in seconds], "ms", text=f"{text}p50 at 1 event/s each"),
-        figure(f"{head}.p99_each", p99s, "ms", text=f"{text}p99 at 1 event/s each"),
+        figure(f"{head}.p99", p99s, "ms", text=f"{text}p99 at 1 event/s each"),
     ]
     if streams == STREAMS[-1]:
         figures += [
@@ -159,7 +161,7 @@ def _held(
 
 
 def _saturate(plan: Plan) -> list[Figure]:
-    """Peak memory per stream above idle while many streams catch up at once."""
+    """Peak memory per stream, above a manager that has none, while many streams catch up at once."""
     streams, lines = plan.sized(SATURATED, QUICK_SATURATED), plan.sized(BACKLOG, QUICK_BACKLOG)
     log = plan.logs.log("small", lines)
     repo = plan.folder / "fanin-saturated"
@@ -172,10 +174,10 @@ def _saturate(plan: Plan) -> list[Figure]:
             limit = f"{slots} at once" if slots else "no limit"
             plan.say(f"fanin: {streams} streams catch up on {lines:,} lines, {limit}")
             with Worker() as worker:
-                worker.call(manager.warm_up, places[0])
+                worker.call(followers.warm_up, places[0])
                 before = memory(worker.pid)
                 forget_peak(worker.pid)
-                seconds = worker.call(manager.follow, places, slots, patience=PATIENCE)
+                seconds = worker.call(followers.follow, places, slots, patience=PATIENCE)
                 each = (peak_memory(worker.pid) - before) / streams / 1024
             key = "fanin.saturated_memory" if slots else "fanin.unlimited_memory"
             figures.append(figure(key, each, "KiB", text=f"memory of each saturated stream, {limit}"))

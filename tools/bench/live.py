@@ -7,10 +7,11 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tools.bench import calls, floors, manager
+from tools.bench import calls, floors, followers
+from tools.bench.followers import Place
 from tools.bench.logs import LOOP, add_loop, append
-from tools.bench.manager import Place, Tally
 from tools.bench.processes import Agent, Worker, cpu_seconds, memory
+from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
 from tools.bench.rounds import interleaved
 from tools.bench.spreads import noise, quantile, ratios, spread
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tools.bench.manager import Deliveries
+    from tools.bench.followers import Deliveries
     from tools.bench.plan import Plan
     from tools.bench.results import Figure
 
@@ -31,7 +32,8 @@ GAPS = 0.005, 0.066
 """Seconds between appends: about 28 a second."""
 FLAT_OUT_LINES = 20_000
 QUICK_FLAT_OUT_LINES = 500
-IDLE_SECONDS = 6.0
+IDLE_SECONDS = 5.0
+"""Twice."""
 QUICK_IDLE_SECONDS = 1.0
 
 
@@ -47,14 +49,14 @@ class _Scene:
         self._chance = random.Random(f"{plan.seed} gaps")  # noqa: S311  # the same each time
         self.tally = Tally()
 
-    def follow(self, followers: int) -> None:
+    def follow(self, count: int) -> None:
         """Opens streams at the end of the log."""
         place = Place(server=self.agent.server, loop=LOOP, after=self.written)
-        self.worker.call(manager.follow, [place] * followers)
+        self.worker.call(followers.follow, [place] * count)
 
     def collect(self, lines: int) -> Deliveries:
         """What came of the last so many lines."""
-        found = self.worker.call(manager.collect, lines)
+        found = self.worker.call(followers.collect, lines)
         self.tally += found.tally
         return found
 
@@ -67,9 +69,9 @@ class _Scene:
         self.written += 1
         append(self._log, self.written)
 
-    def paced(self, followers: int) -> list[float]:
+    def paced(self, count: int) -> list[float]:
         """Milliseconds of each delivery, at an unhurried pace."""
-        self.follow(followers)
+        self.follow(count)
         for gap in self.gaps():
             time.sleep(gap)
             self.write()
@@ -91,9 +93,7 @@ def run(plan: Plan) -> Result:
     log = add_loop(repo, LOOP, None)
     with Agent(repo, "--max-streams-per-caller", "200") as agent, Worker() as worker, floors.floor() as floor:
         scene = _Scene(plan, log, agent, worker)
-        arms: dict[str, Callable[[], list[float]]] = {
-            f"{followers}": partial(scene.paced, followers) for followers in FOLLOWERS
-        }
+        arms: dict[str, Callable[[], list[float]]] = {f"{count}": partial(scene.paced, count) for count in FOLLOWERS}
         arms["again"] = partial(scene.paced, 1)
         arms["noop"] = lambda: worker.call(calls.noops, floor, [0.0] * scene.appends * 5)
         arms["paced noop"] = lambda: worker.call(calls.noops, floor, scene.gaps())
@@ -139,9 +139,9 @@ def _latencies(rounds: dict[str, list[list[float]]]) -> list[Figure]:
         figure("live.to_paced_noop", ratios(one, paced), text="live: p50 / no-op unary at the same pace, 1 subscriber"),
         figure("live.a_a", ratios(again, one), text="live: p50, against itself, 1 subscriber"),
     ]
-    for followers in FOLLOWERS:
-        found = rounds[f"{followers}"]
-        head, text = f"live.{followers}", f"live: %s, {followers} subscriber{'s' if followers > 1 else ''}"
+    for count in FOLLOWERS:
+        found = rounds[f"{count}"]
+        head, text = f"live.{count}", f"live: %s, {count} subscriber{'s' if count > 1 else ''}"
         figures.append(figure(f"{head}.p50", _medians(found), "ms", text=text % "p50"))
         figures.append(figure(f"{head}.p99", [quantile(delays, 0.99) for delays in found], "ms", text=text % "p99"))
     return figures
@@ -162,13 +162,18 @@ def _idle(plan: Plan, scene: _Scene) -> list[Figure]:
     """What an agent uses that has many followers and nothing to tell them."""
     scene.follow(FOLLOWERS[-1])
     time.sleep(1.0)  # what opening them has begun comes to rest
-    seconds = plan.sized(1, 0) * IDLE_SECONDS or QUICK_IDLE_SECONDS
-    before, began = cpu_seconds(scene.agent.pid), time.perf_counter()
-    time.sleep(seconds)
-    used = (cpu_seconds(scene.agent.pid) - before) / (time.perf_counter() - began)
+    seconds = QUICK_IDLE_SECONDS if plan.quick else IDLE_SECONDS
+    first, second = (_use(scene.agent.pid, seconds) for _ in range(2))
     held = memory(scene.agent.pid)
-    scene.worker.call(manager.unfollow)
+    scene.worker.call(followers.unfollow)
     return [
-        figure("live.idle_cpu", used * 100),
+        figure("live.idle_cpu", [first, second], noise=noise([first], [second])),
         figure("live.idle_memory", held / 1e6, "MB", text="live: agent's memory with 100 followers"),
     ]
+
+
+def _use(pid: int, seconds: float) -> float:
+    """What a process uses of a core for so long, in per cent."""
+    before, began = cpu_seconds(pid), time.perf_counter()
+    time.sleep(seconds)
+    return (cpu_seconds(pid) - before) / (time.perf_counter() - began) * 100

@@ -10,20 +10,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tools.bench.logs import LogStore
+    from tools.bench.reference import Adapters
 
 ROUNDS = 7
 QUICK_ROUNDS = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReferenceScripts:
-    """Where the adapters are that others are compared with."""
-
-    folder: Path
-    poll_events: str
-    """Below the folder."""
-    snapshot: str
-    """Below the folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +29,8 @@ class Plan:
     logs: LogStore
     say: Callable[[str], None]
     """Tells whoever waits what is going on."""
-    reference: ReferenceScripts | None = None
+    adapters: Adapters | None = None
+    """What `reference` compares with, if there is any."""
 
     @property
     def rounds(self) -> int:

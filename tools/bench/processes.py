@@ -23,7 +23,6 @@ from sprite_agent.face.config import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from concurrent.futures import Future
     from types import TracebackType
 
 _T = TypeVar("_T")
@@ -95,11 +94,7 @@ class Worker:
 
     def call(self, function: Callable[..., Coroutine[Any, Any, _T]], *args: object, patience: float = PATIENCE) -> _T:
         """What the coroutine returns; TimeoutError after `patience` seconds."""
-        return self.start(function, *args).result(patience)
-
-    def start(self, function: Callable[..., Coroutine[Any, Any, _T]], *args: object) -> Future[_T]:
-        """Begins with the coroutine; the worker does nothing else until it returns."""
-        return self._pool.submit(_run, function, args)
+        return self._pool.submit(_run, function, args).result(patience)
 
 
 _loop = asyncio.new_event_loop()
@@ -134,15 +129,14 @@ class Agent:
         self._options = options
         self._token = secrets.token_hex(16)
         self._log = repo.with_suffix(".agent.log")
-        self.state = repo.with_suffix(".state")
-        """Its state folder."""
+        self._state = repo.with_suffix(".state")
 
     def __enter__(self) -> Self:
         program = Path(sys.executable).with_name("sprite-agent")
         listen = ("--listen", "127.0.0.1:0")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [program, "serve", "--repo", self._repo, "--state-dir", self.state, *listen, *self._options],
+                [program, "serve", "--repo", self._repo, "--state-dir", self._state, *listen, *self._options],
                 env={"PATH": os.environ["PATH"], "HOME": str(self._repo), TOKEN_VARIABLE: self._token},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,24 +33,46 @@ class ReferenceMissing(Exception):
     """The adapters can't be run here; the message says what is missing."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapters:
+    """What the adapters are run with; all of it is there."""
+
+    bash: str
+    jq: str
+    poll_events: Path
+    snapshot: Path
+
+
+def find(folder: Path, *, poll_events: str, snapshot: str) -> Adapters:
+    """The adapters in a checkout; their scripts are named relative to it.
+
+    Raises:
+        ReferenceMissing: a script, bash or jq is not there.
+    """
+    return Adapters(
+        bash=_program("bash"),
+        jq=_program("jq"),
+        poll_events=_script(folder, poll_events),
+        snapshot=_script(folder, snapshot),
+    )
+
+
 def run(plan: Plan) -> Result:
     """Times their poll of new events, and their snapshot."""
-    if plan.reference is None:
+    adapters = plan.adapters
+    if adapters is None:
         raise ReferenceMissing("reference needs --reference DIR, a checkout of the existing adapters")
-    bash, jq = _found("bash"), _found("jq")
-    poll, snapshot = (
-        _script(plan.reference.folder, name) for name in (plan.reference.poll_events, plan.reference.snapshot)
-    )
     events = plan.sized(EVENTS, QUICK_EVENTS)
     repo = plan.folder / "reference"
     add_loop(repo, LOOP, plan.logs.log("small", events))
     where = ["--repo", str(repo), "--loop", LOOP]
     arms = {
-        "poll": partial(_milliseconds, [bash, str(poll), *where, "--from-start"]),
-        "snapshot": partial(_milliseconds, [bash, str(snapshot), *where]),
+        "poll": partial(_milliseconds, [adapters.bash, str(adapters.poll_events), *where, "--from-start"]),
+        "snapshot": partial(_milliseconds, [adapters.bash, str(adapters.snapshot), *where]),
     }
     rounds = interleaved(plan, "reference", arms)
-    version = subprocess.run([jq, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    asked = subprocess.run([adapters.jq, "--version"], capture_output=True, text=True, check=True, timeout=10)
+    version = asked.stdout.strip()
     per_event = [milliseconds / events for milliseconds in rounds["poll"]]
     return Result(
         figures=(
@@ -60,7 +83,7 @@ def run(plan: Plan) -> Result:
     )
 
 
-def _found(program: str) -> str:
+def _program(program: str) -> str:
     path = shutil.which(program)
     if path is None:
         raise ReferenceMissing(f"reference needs {program}, which is not on the path")

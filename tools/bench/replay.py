@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tools.bench import floors, manager
+from tools.bench import floors, readers
 from tools.bench.logs import KINDS, add_loop
-from tools.bench.manager import Tally
-from tools.bench.processes import Agent, Worker, cpu_seconds, forget_peak, peak_memory
+from tools.bench.processes import Agent, Worker, cpu_seconds, peak_memory
+from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
 from tools.bench.rounds import interleaved
 from tools.bench.spreads import noise, ratios, spread
@@ -29,11 +29,11 @@ QUICK_GROWTH = (100, 1_000)
 LONG = 1_000_000
 QUICK_LONG = 2_000
 GROWTH_ROUNDS = 3
-LONG_PATIENCE = 300.0
-"""Seconds for the long log."""
-
+PATIENCE = 300.0
+"""Seconds for one replay."""
 
 _NOTHING = Tally()
+_PER_LINE = "µs CPU"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,43 +80,49 @@ def _against_floors(plan: Plan, kind: Kind) -> tuple[list[Figure], Tally]:
         }
         rounds = interleaved(plan, f"replay {kind}", arms)
         peaks = {"agent": peak_memory(agent.pid), "manager": peak_memory(worker.pid)}
-    ours, again, relay, loads = (rounds[arm] for arm in ("ours", "again", "relay", "loads"))
-    rate_noise = noise([sample.rate for sample in again], [sample.rate for sample in ours])
-    cpu_noise = noise([sample.cpu for sample in again], [sample.cpu for sample in ours])
-    head, per_line = f"replay.{kind}", "µs CPU"
-    rates, cpus = [sample.rate for sample in ours], [sample.cpu for sample in ours]
-    floor_rates, floor_cpus = [sample.rate for sample in relay], [sample.manager for sample in loads]
-    figures = [
+    figures = [*_ratios(kind, rounds), *_costs(kind, rounds)]
+    figures += [
+        figure(f"replay.{kind}.{side}_memory", peak / 1e6, "MB", text=f"replay: peak memory of the {side}, {kind}")
+        for side, peak in peaks.items()
+    ]
+    return figures, sum((sample.tally for sample in (*rounds["ours"], *rounds["again"])), _NOTHING)
+
+
+def _ratios(kind: Kind, rounds: dict[str, list[_Sample]]) -> list[Figure]:
+    """The replay against its floors, and against itself: what a difference must exceed to mean anything."""
+    rates = {arm: [sample.rate for sample in found] for arm, found in rounds.items()}
+    cpus = {arm: [sample.cpu for sample in found] for arm, found in rounds.items()}
+    rate_noise, cpu_noise = noise(rates["again"], rates["ours"]), noise(cpus["again"], cpus["ours"])
+    head = f"replay.{kind}"
+    return [
         figure(
             f"{head}.cpu_to_loads",
-            ratios(cpus, floor_cpus),
-            text=f"replay: CPU / orjson.loads, {kind}",
+            ratios(cpus["ours"], cpus["loads"]),
+            text=f"replay: CPU of both sides / orjson.loads, {kind}",
             noise=cpu_noise,
         ),
-        figure(f"{head}.rate_to_relay", ratios(rates, floor_rates), noise=rate_noise),
-        figure(f"{head}.rate", rates, noise=rate_noise),
-        figure(f"{head}.agent_cpu", [s.agent for s in ours], per_line, text=f"replay: agent per event, {kind}"),
-        figure(f"{head}.manager_cpu", [s.manager for s in ours], per_line, text=f"replay: manager per event, {kind}"),
-        figure(f"{head}.loads_cpu", floor_cpus, per_line, text=f"orjson.loads per line, {kind}"),
-        figure(f"{head}.relay_rate", floor_rates, "lines/s", text=f"raw-line relay, {kind}"),
-        *(
-            figure(f"{head}.{side}_memory", peak / 1e6, "MB", text=f"replay: peak memory of the {side}, {kind}")
-            for side, peak in peaks.items()
-        ),
+        figure(f"{head}.rate_to_relay", ratios(rates["ours"], rates["relay"]), noise=rate_noise),
+        figure(f"{head}.rate", rates["ours"], noise=rate_noise),
+        figure(f"{head}.a_a_rate", ratios(rates["again"], rates["ours"]), text=f"replay: rate, against itself, {kind}"),
+        figure(f"{head}.a_a_cpu", ratios(cpus["again"], cpus["ours"]), text=f"replay: CPU, against itself, {kind}"),
     ]
-    figures += [_a_a(head, "rate", kind, again, ours), _a_a(head, "cpu", kind, again, ours)]
-    return figures, sum((sample.tally for sample in (*ours, *again)), _NOTHING)
 
 
-def _a_a(head: str, what: str, kind: Kind, again: list[_Sample], ours: list[_Sample]) -> Figure:
-    """The same replay against itself: what a difference must exceed to mean anything."""
-    found = ratios([getattr(sample, what) for sample in again], [getattr(sample, what) for sample in ours])
-    return figure(f"{head}.a_a_{what}", found, text=f"replay: {what}, against itself, {kind}")
+def _costs(kind: Kind, rounds: dict[str, list[_Sample]]) -> list[Figure]:
+    """What each side uses, and what the floors are."""
+    head, ours, loads = f"replay.{kind}", rounds["ours"], rounds["loads"]
+    relayed = [sample.rate for sample in rounds["relay"]]
+    return [
+        figure(f"{head}.agent_cpu", [s.agent for s in ours], _PER_LINE, text=f"replay: agent per event, {kind}"),
+        figure(f"{head}.manager_cpu", [s.manager for s in ours], _PER_LINE, text=f"replay: manager per event, {kind}"),
+        figure(f"{head}.loads_cpu", [s.cpu for s in loads], _PER_LINE, text=f"orjson.loads per line, {kind}"),
+        figure(f"{head}.relay_rate", relayed, "lines/s", text=f"raw-line relay, {kind}"),
+    ]
 
 
-def _replay(agent: Agent, worker: Worker, loop: str, log: Log, patience: float = LONG_PATIENCE) -> _Sample:
+def _replay(agent: Agent, worker: Worker, loop: str, log: Log) -> _Sample:
     before = cpu_seconds(agent.pid), cpu_seconds(worker.pid)
-    found = worker.call(manager.replay, agent.server, loop, log.lines, patience=patience)
+    found = worker.call(readers.replay, agent.server, loop, log.lines, patience=PATIENCE)
     used = [
         after - start for after, start in zip((cpu_seconds(agent.pid), cpu_seconds(worker.pid)), before, strict=True)
     ]
@@ -146,8 +152,7 @@ def _growth(plan: Plan) -> tuple[list[Figure], Series, Tally]:
         arms = {loop: partial(_replay, agent, worker, loop, log) for loop, log in logs.items()}
         rounds = interleaved(plan, "replay growth", arms, min(plan.rounds, GROWTH_ROUNDS))
         plan.say(f"replay: {long.lines:,} lines, beside a reader that stalls")
-        stalled.call(manager.stall, agent.server, "long")
-        forget_peak(agent.pid)
+        stalled.call(readers.stall, agent.server, "long")
         last = _replay(agent, worker, "long", long)
         peak = peak_memory(agent.pid)
     points = [

@@ -1,0 +1,100 @@
+"""`python -m tools.bench`: what it takes, what it refuses, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.bench.__main__ import BENCHMARKS, EXIT_FAILED, EXIT_USAGE, run
+from tools.bench.report import Report, document
+from tools.bench.results import Result, figure
+from tools.bench.targets import TARGETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+
+    told = capsys.readouterr().out
+    assert [name for name in BENCHMARKS if f"\n    {name} " in told] == list(BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["replays"], "no benchmark replays; there are gen, micro, replay"),
+        (["--fast"], "--fast"),
+        (["reference"], "reference needs --reference DIR"),
+    ],
+)
+def test_a_wrong_call_is_refused_and_says_why(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words) == EXIT_USAGE
+
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.out == ""
+
+
+def test_a_folder_without_the_adapters_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for program in ("bash", "jq"):
+        (tmp_path / program).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert run(["--reference", str(tmp_path), "--reference-poll", "poll"]) == EXIT_FAILED
+
+    assert f"there is no {tmp_path}/poll" in capsys.readouterr().err
+
+
+def test_a_missing_jq_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bash").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert run(["--reference", str(tmp_path)]) == EXIT_FAILED
+
+    assert "needs jq" in capsys.readouterr().err
+
+
+def test_a_quick_replay_tells_everything_but_verdicts(tmp_path: Path) -> None:
+    chart = tmp_path / "chart.svg"
+    words = ("replay", "--quick", "--seed", "5", "--json", "-", "--chart", str(chart), "--folder", str(tmp_path))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench", *words], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["format"], told["quick"], told["seed"]) == ("opsmgr-bench/1", True, 5)
+    assert {"python", "grpcio", "orjson", "kernel", "cpu", "nproc"} <= told["machine"].keys()
+    assert {moment: len(load) for moment, load in told["load"].items()} == {"before": 3, "after": 3}
+    replay = told["benchmarks"]["replay"]
+    figures = replay["figures"]
+    assert (figures["replay.lost"]["median"], figures["replay.doubled"]["median"]) == (0, 0)
+    assert len(figures["replay.small.rate"]["values"]) == 2
+    assert figures["replay.small.rate"]["target"] == {"relation": ">=", "bound": 120_000}
+    assert {each.get("verdict") for each in figures.values()} == {None}
+    assert [point[0] for point in replay["series"]["replay.growth"]["points"]] == [100, 1_000, 2_000]
+    assert chart.read_text().startswith("<?xml")
+    assert list(tmp_path.iterdir()) == [chart]
+
+
+def test_a_full_run_judges_every_figure_that_has_a_target() -> None:
+    found = Result(figures=tuple(figure(target.key, target.bound) for target in TARGETS))
+    report = Report(
+        seed=1, quick=False, machine={}, load={"before": [], "after": []}, seconds={"all": 1.0}, results={"all": found}
+    )
+
+    verdicts = {key: each["verdict"] for key, each in document(report)["benchmarks"]["all"]["figures"].items()}
+
+    assert verdicts == {target.key: "missed" if target.relation == "<" else "met" for target in TARGETS}
