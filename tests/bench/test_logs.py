@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sprite_agent.event_log.envelopes import EventContext, build_event
-from support.logs import records_of
+from opsmgr.transport.local import LocalTransport
+from sprite_agent.contract.streaming import EventQuery
 from tools.bench.logs import KINDS, LOOP, LogStore, add_loop, append, chunks
 
 if TYPE_CHECKING:
@@ -43,17 +43,27 @@ def test_a_quarter_of_a_mix_carries_a_payload_of_2_to_8_kb() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_line_is_an_event_by_the_contract_and_bears_its_number(kind: Kind) -> None:
-    context = EventContext(
-        source={"repoPath": "/repo", "loopId": LOOP},
-        trace_id=None,
-        emitted_at="2026-01-02T03:04:05Z",
-        line_count=LINES,
-    )
+async def test_every_line_is_an_event_by_the_contract_and_bears_its_number(kind: Kind, tmp_path: Path) -> None:
+    add_loop(tmp_path / "repo", LOOP, LogStore(tmp_path, 1).log(kind, LINES))
+    transport = LocalTransport(tmp_path / "repo")
 
-    events = [build_event(record, context) for record in records_of(b"".join(chunks(kind, LINES, 1)))]
+    found = [event async for batch in transport.events(EventQuery(loop_id=LOOP)) for event in batch.events]
+    await transport.close()
 
-    assert [event["event"]["raw"]["data"]["n"] for event in events] == list(range(1, LINES + 1))
+    assert [event["event"]["raw"]["data"]["n"] for event in found] == list(range(1, LINES + 1))
+    assert [event["cursor"]["eventLineOffset"] for event in found] == list(range(1, LINES + 1))
+
+
+async def test_the_documents_beside_a_log_make_a_snapshot_by_the_contract(tmp_path: Path) -> None:
+    add_loop(tmp_path / "repo", LOOP, LogStore(tmp_path, 1).log("small", 50))
+    transport = LocalTransport(tmp_path / "repo")
+
+    snapshot = await transport.snapshot(LOOP)
+    await transport.close()
+
+    assert snapshot.envelope["cursor"]["eventLineCount"] == 50
+    assert snapshot.envelope["run"]["status"] == "awaiting_approval"
+    assert all(artifact["exists"] for artifact in snapshot.envelope["artifacts"].values())
 
 
 def test_a_log_is_made_once_and_known_by_its_digest(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from opsmgr.transport.messages import stream_request
 from opsmgr.transport.sprite_service import CHANNEL_OPTIONS
+from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
 from tools.bench.floors import NOOP
@@ -69,8 +71,8 @@ async def reads(
     async with _channel(agent) as channel, _channel(floor) as floor_channel:
         stub: Any = service_pb2_grpc.SpriteAgentServiceStub(channel)
         noop: Any = floor_channel.unary_unary(NOOP)
-        by_line = pb.StreamEventsRequest(loop_id=long, event_line_offset=line)
-        by_token = pb.StreamEventsRequest(loop_id=long, resume_token=token)
+        by_line = stream_request(EventQuery(loop_id=long, after_line=line))
+        by_token = stream_request(EventQuery(loop_id=long, resume_token=token))
 
         async def snapshot(loop: str) -> None:
             await stub.GetSnapshot(pb.GetSnapshotRequest(loop_id=loop), metadata=agent.metadata, timeout=_TIMEOUT)
@@ -80,7 +82,8 @@ async def reads(
 
         async def first_event(request: pb.StreamEventsRequest) -> None:
             stream = stub.StreamEvents(request, metadata=agent.metadata, timeout=_TIMEOUT)
-            if len((await stream.read()).events) != 1:
+            batch = await stream.read()
+            if len(batch.events) + len(batch.raw_events) != 1:
                 raise RuntimeError("the stream did not begin with the last event")
             stream.cancel()
 

@@ -13,7 +13,6 @@ import grpc
 import orjson
 
 from opsmgr.transport.sprite_service import CHANNEL_OPTIONS
-from sprite_agent.event_log.stream import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.face.server import OPTIONS
 from tools.bench.processes import Server, Worker
 
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 SERVICE = "bench.Floor"
 NOOP = f"/{SERVICE}/Noop"
 RELAY = f"/{SERVICE}/Relay"
+BATCH_LINES = 200
+BATCH_BYTES = 128 * 1024
+"""A batch of the relay ends with whichever comes first, as the agent's do."""
 
 _PASSES = 3
 
@@ -73,7 +75,7 @@ async def _relay(request: bytes, _context: grpc.aio.ServicerContext[Any, Any]) -
         for line in log:
             batch.append(line)
             size += len(line)
-            if len(batch) == MAX_BATCH_EVENTS or size >= MAX_BATCH_BYTES:
+            if len(batch) == BATCH_LINES or size >= BATCH_BYTES:
                 yield b"".join(batch)
                 batch.clear()
                 size = 0

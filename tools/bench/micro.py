@@ -11,24 +11,28 @@ import subprocess
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 from sprite_agent.contract import mirror
+from sprite_agent.contract.events import EventContext, build_event, check_event
+from sprite_agent.contract.json_text import object_in
 from sprite_agent.contract.validation import validate
-from sprite_agent.event_log.envelopes import EventContext, build_event
-from sprite_agent.event_log.records import RecordReader, judged
-from sprite_agent.event_log.stream import MAX_BATCH_EVENTS
+from sprite_agent.event_log.records import RecordReader
 from sprite_agent.v1 import service_pb2 as pb
+from tools.bench.floors import BATCH_LINES
 from tools.bench.logs import KINDS, LOOP
 from tools.bench.results import Result, figure
 from tools.bench.rounds import interleaved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
+    from sprite_agent.event_log.records import Record
     from tools.bench.plan import Plan
+
+_T = TypeVar("_T")
 
 BATCHES = 20
 QUICK_BATCHES = 2
@@ -39,7 +43,7 @@ def run(plan: Plan) -> Result:
     """Every step over the same batches, in random order."""
     figures = []
     for kind in KINDS:
-        lines = plan.sized(BATCHES, QUICK_BATCHES) * MAX_BATCH_EVENTS
+        lines = plan.sized(BATCHES, QUICK_BATCHES) * BATCH_LINES
         text = plan.logs.log(kind, lines).path.read_bytes()
         steps = _steps(text)
         rounds = interleaved(plan, f"micro {kind}", {name: partial(_cost, step, lines) for name, step in steps.items()})
@@ -61,42 +65,56 @@ def _steps(text: bytes) -> dict[str, Callable[[], object]]:
         line_count=len(lines),
     )
 
-    def records() -> list[Any]:
-        return [judged(record) for record in RecordReader().feed(text) if record is not None]
+    def records() -> list[Record]:
+        return [record for record in RecordReader(judges=True).feed(text) if record is not None]
 
-    def to_messages(envelopes: list[Any]) -> list[pb.StreamEventsResponse]:
+    def built() -> list[Any]:
+        return [build_event(value, told, line, context) for value, told, line in raw]
+
+    def raw_messages() -> list[pb.StreamEventsResponse]:
         messages = []
-        for start in range(0, len(envelopes), MAX_BATCH_EVENTS):
-            message = pb.StreamEventsResponse()
-            for envelope in envelopes[start : start + MAX_BATCH_EVENTS]:
-                mirror.event_to_message(envelope, message.events.add())
-            messages.append(message)
+        for batch in batched(raw):
+            messages.append(message := pb.StreamEventsResponse())
+            for _, told, line in batch:
+                event = message.raw_events.add()
+                event.line = line
+                event.json = told
         return messages
 
-    def from_messages(messages: list[pb.StreamEventsResponse]) -> list[Any]:
-        return [mirror.event_from_message(event) for message in messages for event in message.events]
+    def mirrored() -> list[pb.StreamEventsResponse]:
+        messages = []
+        for batch in batched(envelopes):
+            messages.append(message := pb.StreamEventsResponse())
+            for envelope in batch:
+                mirror.event_to_message(envelope, message.events.add())
+        return messages
 
-    def validated(envelopes: list[Any]) -> None:
-        for envelope in envelopes:
-            validate("loop_run_event", envelope)
-
-    made = records()
-    envelopes = [build_event(record, context) for record in made]
-    messages = to_messages(envelopes)
+    raw = [(object_in(line), line.decode(), number) for number, line in enumerate(lines, 1)]
+    envelopes = built()
+    messages, mirrors = raw_messages(), mirrored()
     sent = [message.SerializeToString() for message in messages]
-    received = from_messages(messages)
     return {
-        "orjson.loads": lambda: [orjson.loads(line) for line in lines],
-        "split lines": text.splitlines,
-        "records, judged": records,
-        "envelope, validated": lambda: [build_event(record, context) for record in made],
-        "validation alone": lambda: validated(envelopes),
-        "mirror to message": lambda: to_messages(envelopes),
-        "serialize": lambda: [message.SerializeToString() for message in messages],
-        "parse": lambda: [pb.StreamEventsResponse.FromString(data) for data in sent],
-        "mirror back": lambda: from_messages(messages),
-        "validate back": lambda: validated(received),
+        "floor: orjson.loads": lambda: [orjson.loads(line) for line in lines],
+        "floor: split lines": text.splitlines,
+        "agent: records, judged": records,
+        "agent: build and validate": lambda: [check_event(value, line, context) for value, _, line in raw],
+        "agent: raw to message": raw_messages,
+        "agent: serialize": lambda: [message.SerializeToString() for message in messages],
+        "manager: parse": lambda: [pb.StreamEventsResponse.FromString(data) for data in sent],
+        "manager: JSON of raw": lambda: [object_in(raw.json) for message in messages for raw in message.raw_events],
+        "manager: build and validate": built,
+        "of that, validation": lambda: [validate("loop_run_event", envelope) for envelope in envelopes],
+        "not raw: mirror to message": mirrored,
+        "not raw: mirror back": lambda: [
+            mirror.event_from_message(event) for message in mirrors for event in message.events
+        ],
     }
+
+
+def batched(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """The items, as many at a time as a message has."""
+    for start in range(0, len(items), BATCH_LINES):
+        yield items[start : start + BATCH_LINES]
 
 
 def _cost(step: Callable[[], object], events: int) -> float:
