@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -63,7 +63,8 @@ async def test_the_documents_beside_a_log_make_a_snapshot_by_the_contract(tmp_pa
 
     assert snapshot.envelope["cursor"]["eventLineCount"] == 50
     assert snapshot.envelope["run"]["status"] == "awaiting_approval"
-    assert all(artifact["exists"] for artifact in snapshot.envelope["artifacts"].values())
+    artifacts: dict[str, Any] = {**snapshot.envelope["artifacts"]}
+    assert all(artifact["exists"] for artifact in artifacts.values())
 
 
 def test_a_log_is_made_once_and_known_by_its_digest(tmp_path: Path) -> None:
