@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _T = TypeVar("_T")
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 PATIENCE = 120.0
 """Seconds for any one thing asked of a process."""
@@ -104,8 +108,7 @@ _loop = asyncio.new_event_loop()
 def _prepare() -> None:
     """Makes a worker of this process. It ends with the bench, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _raise_file_limit()
     threading.Thread(target=_loop.run_forever, daemon=True).start()
     threading.Thread(target=_end_with_the_bench, daemon=True).start()
 
@@ -142,7 +145,7 @@ class Agent:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is the bench's: it ends its agents itself
-                preexec_fn=_raise_file_limit,  # noqa: PLW1509  # sets a limit, takes no lock
+                preexec_fn=_prepare_agent,  # noqa: PLW1509  # two system calls, no lock
             )
         self.pid = self._process.pid
         try:
@@ -171,6 +174,12 @@ class Agent:
                     return str(entry["address"])
             time.sleep(0.01)
         raise RuntimeError(f"the agent does not serve; it said: {self._log.read_text()}")
+
+
+def _prepare_agent() -> None:
+    """Between fork and exec. The agent ends with the bench, even where that is killed."""
+    _raise_file_limit()
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _raise_file_limit() -> None:
