@@ -43,6 +43,7 @@ def test_noise_is_the_farther_quartile_of_the_same_code_against_itself() -> None
         (9.6, 0.05, Verdict.NOT_RESOLVED),
         (10.4, 0.05, Verdict.NOT_RESOLVED),
         (10.0, 0.0, Verdict.MET),
+        (285.0, 1.1, Verdict.MISSED),
     ],
 )
 def test_there_is_no_verdict_where_the_same_code_may_differ(median: float, differs: float, verdict: Verdict) -> None:

@@ -100,7 +100,7 @@ def run(plan: Plan) -> Result:
         rounds = interleaved(plan, "live", arms)
         plan.say("live: a writer that does not pause")
         lines = plan.sized(FLAT_OUT_LINES, QUICK_FLAT_OUT_LINES)
-        hurried = [scene.flat_out(lines) for _ in range(min(plan.rounds, 3))]
+        hurried = [scene.flat_out(lines) for _ in range(plan.rounds)]
         plan.say("live: nothing happens, 100 followers")
         idle = _idle(plan, scene)
     return Result(

@@ -41,7 +41,8 @@ class Target:
     def verdict(self, found: Spread, noise: float) -> Verdict:
         """Met or missed, unless the bound lies where the same code, measured twice, may differ."""
         median = found.median
-        if noise and median * (1 - noise) <= self.bound <= median * (1 + noise):
+        # By factors both ways: noise above 1 would otherwise reach down to any bound.
+        if noise and median / (1 + noise) <= self.bound <= median * (1 + noise):
             return Verdict.NOT_RESOLVED
         return Verdict.MET if _HOLDS[self.relation](median, self.bound) else Verdict.MISSED
 
