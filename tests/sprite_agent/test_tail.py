@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sprite_agent.contract.events import check_event
+from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import EventMalformed
 from sprite_agent.event_log import newest, tail
@@ -41,13 +41,13 @@ async def repo(loop: LoopFiles, tmp_path: Path) -> AsyncIterator[Repo]:
 def checks(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often the tail has checked each line."""
     counted: Counter[int] = Counter()
-    check = check_event
+    check = EventBuilder.check
 
-    def counting(value: dict[str, Any], number: int, context: Any) -> None:
+    def counting(builder: EventBuilder, value: dict[str, Any], number: int) -> None:
         counted[number] += 1
-        check(value, number, context)
+        check(builder, value, number)
 
-    monkeypatch.setattr(tail, "check_event", counting)
+    monkeypatch.setattr(EventBuilder, "check", counting)
     return counted
 
 

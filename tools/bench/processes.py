@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from opsmgr.cli import OBJECTS_BETWEEN_COLLECTIONS
 from sprite_agent.face.config import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -106,7 +108,8 @@ _loop = asyncio.new_event_loop()
 
 
 def _prepare() -> None:
-    """Makes a worker of this process. It ends with the bench, however that ends."""
+    """Makes a worker of this process, as `opsmgr` itself is set up. It ends with the bench, however that ends."""
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _raise_file_limit()
     threading.Thread(target=_loop.run_forever, daemon=True).start()

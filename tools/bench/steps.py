@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import orjson
 
 from sprite_agent.contract import mirror
-from sprite_agent.contract.events import EventContext, build_event, check_event
+from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.json_text import object_in
 from sprite_agent.contract.validation import validate
 from sprite_agent.event_log.records import RecordReader
@@ -33,7 +33,7 @@ class Steps:
     def __init__(self, text: bytes) -> None:
         self._text = text
         self._lines = text.splitlines()
-        self._context = EventContext(
+        self._builder = EventBuilder(
             source={"repoPath": "/repo", "loopId": LOOP},
             trace_id=None,
             emitted_at="2026-01-02T03:04:05Z",
@@ -63,11 +63,13 @@ class Steps:
         }
 
     def _records(self) -> list[Record]:
-        return [record for record in RecordReader(judges=True).feed(self._text) if record is not None]
+        reader = RecordReader()
+        reader.judge()
+        return [record for record in reader.feed(self._text) if record is not None]
 
     def _check(self) -> None:
         for value, _, line in self._raw:
-            check_event(value, line, self._context)
+            self._builder.check(value, line)
 
     def _to_messages(self) -> list[pb.StreamEventsResponse]:
         messages = []
@@ -83,7 +85,7 @@ class Steps:
         return [message.SerializeToString() for message in self._messages]
 
     def _build(self) -> list[EventEnvelope]:
-        return [build_event(value, text, line, self._context) for value, text, line in self._raw]
+        return [self._builder.build(value, text, line) for value, text, line in self._raw]
 
     def _validate(self) -> None:
         for envelope in self._envelopes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sprite_agent.contract import control_mirror, mirror
-from sprite_agent.contract.events import EventContext, build_event
+from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.json_text import object_in
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord
 from sprite_agent.contract.validation import validate
@@ -72,7 +72,7 @@ def batch_from(message: pb.StreamEventsResponse, trace_id: str | None = None) ->
 
 def _built(message: pb.StreamEventsResponse, trace_id: str | None) -> Iterator[EventEnvelope]:
     """The events that follow from raw ones."""
-    context = EventContext(
+    builder = EventBuilder(
         source={"repoPath": message.source.repo_path, "loopId": message.source.loop_id},
         trace_id=trace_id,
         emitted_at=message.emitted_at,
@@ -80,7 +80,7 @@ def _built(message: pb.StreamEventsResponse, trace_id: str | None) -> Iterator[E
     )
     for raw in message.raw_events:
         text = raw.json
-        yield build_event(object_in(text), text, raw.line, context)
+        yield builder.build(object_in(text), text, raw.line)
 
 
 def result_from(message: Any) -> ControlResult:

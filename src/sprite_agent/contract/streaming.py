@@ -78,7 +78,7 @@ class SkippedRecord:
 
 
 RawEvent: TypeAlias = tuple[int, str]
-"""An event as the record it follows from (see `events.build_event`): its line number and the whole text, verbatim."""
+"""An event as the record it follows from (see `events.EventBuilder`): its line number and the whole text, verbatim."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema_rs
 
 from sprite_agent.contract import json_text
 from sprite_agent.errors import ContractError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PREFIX = "urn:opsmgr:schema:v1:"
 
@@ -67,8 +70,21 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _validator(kind: str) -> jsonschema_rs.Draft202012Validator:
-    registry = jsonschema_rs.Registry([(f"{_PREFIX}{name}", schema) for name, schema in schemas().items()])
-    return jsonschema_rs.Draft202012Validator(schemas()[kind], registry=registry, validate_formats=True)
+    return _compiled(schemas()[kind])
+
+
+@functools.cache
+def member_check(kind: str, name: str) -> Callable[[Any], bool]:
+    """What tells whether a document of `kind` may have a value for its member `name`.
+
+    It raises ValueError for a value that is no JSON value.
+    """
+    return _compiled({"$ref": f"{_PREFIX}{kind}#/properties/{name}"}).is_valid
+
+
+def _compiled(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
+    registry = jsonschema_rs.Registry([(f"{_PREFIX}{name}", found) for name, found in schemas().items()])
+    return jsonschema_rs.Draft202012Validator(schema, registry=registry, validate_formats=True)
 
 
 def _innermost(error: jsonschema_rs.ValidationError) -> list[jsonschema_rs.ValidationError]:

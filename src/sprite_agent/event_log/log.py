@@ -147,12 +147,15 @@ class EventLog:
         except BaseException:
             opened.reader.close()
             raise
+        opened.reader.judge()
         return opened
 
     def after_token_steps(self, text: str) -> Steps[Opened]:
         """See `reader_after_token`."""
         token = parse_token(text)
-        return (yield from self._open_steps(lambda log: (token.position, self._index.place_of(log, token))))
+        opened = yield from self._open_steps(lambda log: (token.position, self._index.place_of(log, token)))
+        opened.reader.judge()
+        return opened
 
     def open_folder(self) -> int | None:
         """A descriptor of the loop's folder, for the caller to close; None: there is none.
@@ -231,7 +234,7 @@ class LogReader:
     def __init__(self, log: int, start: Position, digest: Hash) -> None:
         """Starts at a boundary, with the running digest of all before it."""
         self._log = log
-        self._records = RecordReader(start, judges=True)
+        self._records = RecordReader(start)
         self._trail = Trail(log, start, digest)
         self._coming: Iterator[Record | None] | None = None
         self._held: Record | None = None
@@ -289,6 +292,10 @@ class LogReader:
             if self._trail.end >= end or pace.over():
                 return None
             self._read_chunk(end)
+
+    def judge(self) -> None:
+        """Has records be judged as they come, where that costs little more than reading them."""
+        self._records.judge()
 
     def put_back(self, record: Record) -> None:
         """Has the record that was just taken be the next again."""

@@ -20,7 +20,7 @@ from sprite_agent.errors import ContractError
 from sprite_agent.event_log.json_prefix import SHORT, ObjectPrefix, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 MAX_RECORD_BYTES = 1024 * 1024
 """A longer record is malformed. Of a longer line only size, digest and beginning are kept."""
@@ -92,9 +92,8 @@ class RecordReader:
     at a time, and each line is looked at twice at most, however openings end.
     """
 
-    def __init__(self, start: Position = START, *, judges: bool = False) -> None:
-        """`judges`: objects on one line come with their value, and the others are not yet judged."""
-        self._glance = _glance if judges else _mere_glance
+    def __init__(self, start: Position = START) -> None:
+        self._glance: Callable[[bytes], tuple[dict[str, Any] | None] | None] = _mere_glance
         self.lines = start.line
         """Complete lines seen, from the beginning of the log."""
         self._boundary: tuple[int, int] = start
@@ -102,6 +101,10 @@ class RecordReader:
         self._torn = bytearray()
         self._overlong: _Overlong | None = None
         self._opening: _Opening | None = None
+
+    def judge(self) -> None:
+        """From now on, objects on one line come with their value; records of other kinds are not yet judged."""
+        self._glance = _glance
 
     def feed(self, data: bytes) -> Iterator[Record | None]:
         """The records that `data` completes, not yet judged. To be taken to the last before more is fed.

@@ -16,8 +16,8 @@ from sprite_agent.event_log.pieces import Pace
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
-CHUNK = 256 * 1024
-_PIECE = 0.005
+CHUNK = 64 * 1024
+_PIECE = 0.002
 """Seconds that a look is held up at most for the background."""
 _SHARE = 0.05
 """How much of the time the background may take."""

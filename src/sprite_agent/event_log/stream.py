@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
-from sprite_agent.contract.events import EventContext, build_event, check_event
+from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.json_text import object_in
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord
 from sprite_agent.errors import ContractError, EventMalformed, EventsNotFound, LogTruncated, LoopNotFound
@@ -187,9 +187,9 @@ class _Stream:
 
     def _built(self, batch: EventBatch) -> EventBatch:
         """The same with events instead of raw ones."""
-        context = self._context()
-        events = [build_event(object_in(text), text, line, context) for line, text in batch.raw_events]
-        return replace(batch, events=events, raw_events=[], emitted_at=context.emitted_at)
+        builder = self._builder(batch.emitted_at)
+        events = [builder.build(object_in(text), text, line) for line, text in batch.raw_events]
+        return replace(batch, events=events, raw_events=[])
 
     async def _open(self, workers: Workers) -> AsyncGenerator[EventBatch]:
         """Finds the place to start from. Beats while a large log is read, if the place can be said before."""
@@ -277,7 +277,8 @@ class _Stream:
 
     def _next_batch(self) -> tuple[EventBatch, EventMalformed | None]:
         """What can be sent now, and the malformed record that ends the stream after it."""
-        context = self._context()
+        emitted_at = clock.now()
+        builder = self._builder(emitted_at)
         events: list[EventEnvelope] = []
         raw_events: list[RawEvent] = []
         skipped: list[SkippedRecord] = []
@@ -294,10 +295,10 @@ class _Stream:
             try:
                 value = value_of(record)
                 if self._raw:
-                    check_event(value, line, context)
+                    builder.check(value, line)
                     raw_events.append((line, record.text.decode()))
                 else:
-                    events.append(build_event(value, record.text.decode(), line, context))
+                    events.append(builder.build(value, record.text.decode(), line))
             except ContractError as error:
                 if not self._query.skip_malformed:
                     reader.put_back(record)
@@ -310,9 +311,7 @@ class _Stream:
                 self._sent += 1
         self._stand()
         self._caught_up = reader.at_end(end)
-        found = replace(
-            self._bookmark(), events=events, raw_events=raw_events, skipped=skipped, emitted_at=context.emitted_at
-        )
+        found = replace(self._bookmark(), events=events, raw_events=raw_events, skipped=skipped, emitted_at=emitted_at)
         return found, fault
 
     def _sent_enough(self) -> bool:
@@ -322,11 +321,11 @@ class _Stream:
         """Notes where the reader has got to."""
         self._position, self._token = self._reader.position, str(self._reader.token())
 
-    def _context(self) -> EventContext:
-        return EventContext(
+    def _builder(self, emitted_at: str) -> EventBuilder:
+        return EventBuilder(
             source={"repoPath": self._repo, "loopId": self._query.loop_id},
             trace_id=self._query.trace_id,
-            emitted_at=clock.now(),
+            emitted_at=emitted_at,
             line_count=self._view.lines,
         )
 

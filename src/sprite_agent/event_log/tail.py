@@ -16,7 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.contract import clock
-from sprite_agent.contract.events import EventContext, check_event
+from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.streaming import EventBatch
 from sprite_agent.errors import ContractError, OpsError
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
@@ -245,12 +245,12 @@ class Tail:
 
     def _look_steps(self) -> Steps[None]:
         view, portions = yield from self._log.newest_steps()
-        context = EventContext(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=view.lines)
+        builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=view.lines)
         checked: list[Checked] = []
         for portion in portions:
             if checked:
                 yield
-            checked.append(_checked(portion, context))
+            checked.append(_checked(portion, builder))
         self._looked = view, checked
 
     def _begin_anew(self, offset: int) -> None:
@@ -272,13 +272,13 @@ class Tail:
             self._kept -= gone.size
 
 
-def _checked(portion: Portion, context: EventContext) -> Checked:
+def _checked(portion: Portion, builder: EventBuilder) -> Checked:
     start, end, token, records = portion
     size = sum(len(record.text) for record in records)
     events: list[RawEvent] = []
     try:
         for record in records:
-            check_event(value_of(record), record.last_line, context)
+            builder.check(value_of(record), record.last_line)
             events.append((record.last_line, record.text.decode()))
     except ContractError:
         return Checked(start, end, token, None, size)
