@@ -284,9 +284,7 @@ def judged(record: Record) -> Record:
     """The record with its value, or what is wrong with it. Parsed, it can be many times as large."""
     if record.value is not None or record.fault is not None:
         return record
-    value, fault = json_text.attempt(record.text)
-    if fault is None and not isinstance(value, dict):
-        return record._replace(fault="JSON, but no object")
+    value, fault = _judgement(record.text)
     return record._replace(value=value, fault=fault)
 
 
@@ -296,11 +294,19 @@ def value_of(record: Record) -> dict[str, Any]:
     Raises:
         ContractError: it is none; what is wrong with it.
     """
-    if record.value is None:
-        record = judged(record)
-    if record.value is None:
-        raise ContractError(record.fault or "malformed")
-    return record.value
+    value, fault = record.value, record.fault
+    if value is None and fault is None:
+        value, fault = _judgement(record.text)
+    if value is None:
+        raise ContractError(fault or "malformed")
+    return value
+
+
+def _judgement(text: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    value, fault = json_text.attempt(text)
+    if fault is None and not isinstance(value, dict):
+        return None, "JSON, but no object"
+    return value, fault
 
 
 def _glance(line: bytes) -> tuple[dict[str, Any]] | None:

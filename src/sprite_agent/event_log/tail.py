@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sprite_agent.event_log.workers import Workers
 
 QUIET_PAUSE = 0.002
-"""Seconds between two looks at a busy log: at once when it was quiet, never one message per append."""
+"""Seconds from one look at a busy log to the next: at once when it was quiet, never one message per append."""
 UNSURE_PAUSE = 0.1
 """Seconds between looks at a log that was not yet read again since it last changed."""
 _MAX_KEPT = 1024 * 1024
@@ -214,13 +214,13 @@ class Tail:
         with self._folders.follow(self._log.open_folder) as changes:
             await self._workers.run(lambda: self._log.keep_newest(keep=True))
             while True:
-                stamp = self._log.stamp()
+                stamp, began = self._log.stamp(), time.monotonic()
                 try:
                     await self._look(changes)
                 except OpsError:
                     self.view = None  # whoever follows finds out why
                     self.wake()
-                await asyncio.sleep(QUIET_PAUSE)
+                await asyncio.sleep(began + QUIET_PAUSE - time.monotonic())
                 await self._wanted.wait()  # as long as all are behind, they read for themselves
                 is_sure = self.view is not None and self.view.is_sure
                 while not await changes.wait(math.inf if is_sure else UNSURE_PAUSE):
