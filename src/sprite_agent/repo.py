@@ -62,6 +62,7 @@ class Repo:
         user: User | None = None,
         max_stream_age: float = math.inf,
         patience: float = math.inf,
+        executors_ahead: bool = False,
     ) -> None:
         """Makes one; nothing is written before control is asked for.
 
@@ -73,6 +74,7 @@ class Repo:
             user: whom the command runs as; None: the user of this process.
             max_stream_age: seconds after which a stream ends, to be resumed.
             patience: seconds after which a snapshot gives up while the log is still being read.
+            executors_ahead: whether to keep a process waiting for the next command, once `recover` is through.
 
         Raises:
             ValueError: there is no folder at `path`, or the state folder is inside it.
@@ -91,7 +93,7 @@ class Repo:
             files=self._files,
             folder=self.folder,
             runtime=Runtime(path=runtime, sha256=runtime_sha256, user=user),
-            executions=Executions(self.folder.executions, user=user),
+            executions=Executions(self.folder.executions, user=user, ahead=executors_ahead),
             read_loop=self.read_loop,
             log_of=self._log,
         )
@@ -102,7 +104,7 @@ class Repo:
         self._recent_head: tuple[float, JournalHead | None] = (-math.inf, None)
 
     def close(self) -> None:
-        """Ends watching and closes the journal. Streams must have ended."""
+        """Ends watching and the executor that waits, and closes the journal. Streams must have ended."""
         self._folders.close()
         self._workers.close()
         self._engine.close()

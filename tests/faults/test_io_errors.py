@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 from typing import TYPE_CHECKING
@@ -93,10 +94,20 @@ def test_whichever_call_fails_nothing_runs_unrecorded_and_the_truth_is_found(
     found("T8", f"{call}: failed {tried} times, each at another place: 1 execution, and its truth")
 
 
-EXECUTOR_CALLS = {"open": 6, "write": 1, "fsync": 4, "pwrite": 1, "ftruncate": 1, "posix_fallocate": 1, "rename": 1}
+EXECUTOR_CALLS = {
+    "fork": 1,
+    "open": 5,
+    "write": 2,
+    "fsync": 4,
+    "pwrite": 1,
+    "ftruncate": 1,
+    "posix_fallocate": 1,
+    "execvpe": 1,
+    "rename": 1,
+}
 LOSES = {"fsync.3", "pwrite.1", "ftruncate.1", "rename.1"}
 """Calls without which an executor can't record how the command ended."""
-STARTS_NOTHING = {"open.5"}
+STARTS_NOTHING = {"execvpe.1"}
 """Likewise, can't start it: that is how it ended then."""
 
 
@@ -253,7 +264,8 @@ AN_ORDER = (
     r"fdatasync\(\d+<.*/state>\)",
     r"fsync\(\d+<.*/executions>\)",
     r"execve\(.*/executor\.py",
-    r"write\(\d+<pipe:.*>, \"G\"",
+    r"sendmsg\(\d+<.*>, .*execution",
+    r"sendto\(\d+<.*>, \"G\"",
     r"fsync\(\d+<.*/started>\)",
     r"fsync\(\d+<.*/executions/\w+>\)",
     r"execve\(\".*/superloop\"",
@@ -266,31 +278,40 @@ AN_ORDER = (
     r"fdatasync\(\d+<.*/state>\)",
     r"writev\(.*attempt",
 )
-"""The row is on the disk, the executor is started and let through, its mark is on the disk, the command is started,
-its result is on the disk, twice the row is, and the answer is given."""
-COMMIT = AN_ORDER[1]
-SYNCED = ("fsync", "fdatasync", "rename", "unlink", "execve", "write", "writev")
+"""The row is on the disk, the executor is started, told what to run and let through, its mark is on the disk, the
+command is started, its result is on the disk, twice the row is, and the answer is given."""
+COMMIT, EXECUTOR, COMMAND = AN_ORDER[1], AN_ORDER[4], AN_ORDER[9]
+SYNCED = ("fsync", "fdatasync", "rename", "unlink", "execve", "write", "writev", "sendmsg", "sendto")
 
 
-def ordered(lines: list[str]) -> None:
-    """Fails unless the calls were made in that order, and nothing was committed besides."""
+def ordered(lines: list[str], *, ahead: bool = False) -> None:
+    """Fails unless the calls were made in that order, and nothing was committed besides.
+
+    `ahead`: the executor was started before the row was, and nothing else than that is another order.
+    """
     rest = iter(lines)
-    for pattern in AN_ORDER:
+    order = (EXECUTOR, *[pattern for pattern in AN_ORDER if pattern != EXECUTOR]) if ahead else AN_ORDER
+    for pattern in order:
         assert any(re.search(pattern, text) for text in rest), f"not in its place: {pattern}"
+    before_it = itertools.takewhile(lambda text: not re.search(COMMAND, text), lines)
+    assert sum(re.search(EXECUTOR, text) is not None for text in before_it) == 1, "not one executor"
     commits = sum(re.search(COMMIT, text) is not None for text in lines)
     assert commits == AN_ORDER.count(COMMIT), f"{commits} commits"
 
 
-def traced(controlled: Controlled, output: Path) -> list[str]:
+def traced(controlled: Controlled, output: Path, *, ahead: bool = False) -> list[str]:
     """The calls of one control, with a journal that is there already."""
     controlled.settle(request("cancel", confirmation=SKIPS))
     traces: list[Trace] = []
-    controlled.ask(decision(), watch=lambda pid: traces.append(Trace(pid, output, SYNCED)))
+    controlled.ask(decision(), ahead=ahead, watch=lambda pid: traces.append(Trace(pid, output, SYNCED)))
     return traces[0].lines()
 
 
-def test_each_step_is_on_the_disk_before_the_next_begins(controlled: Controlled, tmp_path: Path) -> None:
-    ordered(traced(controlled, tmp_path / "trace"))
+@pytest.mark.parametrize("ahead", [False, True], ids=["started for it", "waiting"])
+def test_each_step_is_on_the_disk_before_the_next_begins(
+    controlled: Controlled, tmp_path: Path, *, ahead: bool
+) -> None:
+    ordered(traced(controlled, tmp_path / "trace", ahead=ahead), ahead=ahead)
 
     found("T10", "row synced < executor < mark synced < command < result synced < row synced twice < answer")
 

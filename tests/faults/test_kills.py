@@ -66,13 +66,15 @@ def decided_by(controlled: Controlled) -> str:
     return str(decision["by"])
 
 
-def kill_at(place: Path, driver: Driver, agent: str | None, executor: str | None, *, recover: bool) -> set[str]:
+def kill_at(
+    place: Path, driver: Driver, agent: str | None, executor: str | None, *, recover: bool, ahead: bool
+) -> set[str]:
     """Asks for one decision until it is answered, with these two killed once; which of them were."""
     controlled = Controlled(place, driver)
     document = decision()
     places = [f"agent.{agent}"] * (agent is not None) + [f"executor.{executor}"] * (executor is not None)
 
-    answer = controlled.settle(document, failpoints=",".join(places), recover=recover)
+    answer = controlled.settle(document, failpoints=",".join(places), recover=recover, ahead=ahead)
     controlled.ask(document, document, document)
 
     ran = controlled.ran()
@@ -83,7 +85,10 @@ def kill_at(place: Path, driver: Driver, agent: str | None, executor: str | None
 
 
 @LONG
-def test_wherever_agent_and_executor_are_killed_a_key_is_run_once_and_has_one_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["started for it", "waiting"])
+def test_wherever_agent_and_executor_are_killed_a_key_is_run_once_and_has_one_answer(
+    tmp_path: Path, *, ahead: bool
+) -> None:
     rounds = scaled(1, 20)
     cases = [(number, *pair) for number in range(rounds) for pair in PAIRS]
 
@@ -93,7 +98,7 @@ def test_wherever_agent_and_executor_are_killed_a_key_is_run_once_and_has_one_an
             for number, agent, executor in cases[share::2]:
                 place = tmp_path / f"{number}-{agent}-{executor}"
                 place.mkdir()
-                killed.append(kill_at(place, driver, agent, executor, recover=number % 2 == share))
+                killed.append(kill_at(place, driver, agent, executor, recover=number % 2 == share, ahead=ahead))
         return killed
 
     with ThreadPoolExecutor(2) as pool:
@@ -102,7 +107,8 @@ def test_wherever_agent_and_executor_are_killed_a_key_is_run_once_and_has_one_an
     every = {f"agent.{place}" for place in AGENT} | {f"executor.{place}" for place in EXECUTOR}
     assert set.union(*killed) == every
     both = sum(len(each) == 2 for each in killed)
-    found("T1", f"{len(cases)} cases of places to be killed at, both in {both}: 1 execution, 1 answer, 3 repeats equal")
+    kind = "an executor that waited" if ahead else "an executor started for it"
+    found("T1", f"{len(cases)} cases with {kind}, both killed in {both}: 1 execution, 1 answer, 3 repeats equal")
 
 
 def test_a_command_whose_executor_was_killed_keeps_others_out_until_it_has_ended(

@@ -18,7 +18,8 @@ from sprite_agent import repo as repo_module
 from sprite_agent.contract.validation import violations
 from sprite_agent.control import engine as control
 from sprite_agent.control.engine import MAX_CONTROLS
-from sprite_agent.control.executions import EXECUTOR, Executions
+from sprite_agent.control.executions import Executions
+from sprite_agent.control.executors import EXECUTOR
 from sprite_agent.control.processes import name_of
 from sprite_agent.errors import (
     ActorInvalid,
@@ -276,7 +277,7 @@ def test_a_runtime_that_is_not_the_configured_file_is_not_run(loop: LoopFiles, s
 def test_a_command_whose_executor_cannot_be_started_was_not_run_and_its_key_is_free(
     repo: Repo, loop: LoopFiles, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sprite_agent.control.executions.EXECUTOR", ("/nowhere/python",))
+    monkeypatch.setattr("sprite_agent.control.executors.EXECUTOR", ("/nowhere/python",))
 
     with pytest.raises(NotExecuted) as error:
         repo.execute(request())
@@ -284,7 +285,7 @@ def test_a_command_whose_executor_cannot_be_started_was_not_run_and_its_key_is_f
     with pytest.raises(ControlNotFound):
         repo.get_control(LOOP, "key-1")
     assert list((state / "executions").iterdir()) == []
-    monkeypatch.setattr("sprite_agent.control.executions.EXECUTOR", EXECUTOR)
+    monkeypatch.setattr("sprite_agent.control.executors.EXECUTOR", EXECUTOR)
 
     result = repo.execute(request())
     assert (result["executed"], result["replayed"], result["journal"]["sequence"]) == (True, False, 1)

@@ -12,7 +12,7 @@ import pytest
 
 from sprite_agent.callers import Caller, Proof
 from sprite_agent.contract.validation import violations
-from sprite_agent.control.executions import EXECUTOR
+from sprite_agent.control.executors import EXECUTOR
 from sprite_agent.control.journal_file import open_journal
 from sprite_agent.control.state_folder import StateFolder
 from sprite_agent.errors import (
@@ -220,7 +220,7 @@ def test_an_executor_without_room_for_its_result_runs_nothing(
     limited += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     python, *options, executor = EXECUTOR
-    monkeypatch.setattr("sprite_agent.control.executions.EXECUTOR", (python, *options, "-c", limited, executor))
+    monkeypatch.setattr("sprite_agent.control.executors.EXECUTOR", (python, *options, "-c", limited, executor))
     repo = make_repo()
 
     with pytest.raises(NotExecuted) as refused:

@@ -317,7 +317,7 @@ def test_an_execution_is_never_run_twice(folder: StateFolder, lane: int, tmp_pat
 def test_an_executor_that_did_not_begin_has_run_nothing(
     folder: StateFolder, lane: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("sprite_agent.control.executions.EXECUTOR", program)
+    monkeypatch.setattr("sprite_agent.control.executors.EXECUTOR", program)
 
     with pytest.raises(NotExecuted) as error:
         Executions(folder.executions).run(KEY, ["touch", str(tmp_path / "ran")], lane)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sprite_agent.control.executions import EXECUTOR
 from sprite_agent.control.executor import NEVER_RUN, OPEN
+from sprite_agent.control.executors import EXECUTOR
 from sprite_agent.control.processes import name_from_stat
 from sprite_agent.control.state_folder import StateFolder
 from sprite_agent.errors import ControlBusy
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 
 
 class Started:
-    """One executor with its folder and its gate. Lives until its test ends."""
+    """One executor with its folder and the agent's end of its socket. Lives until its test ends."""
 
-    def __init__(self, folder: Path, lane: int, text: str, **plan: Any) -> None:
+    def __init__(self, folder: Path, lane: int | None, text: str, **plan: Any) -> None:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
         document = {
+            "execution": folder.name,
             "agent": os.getpid(),
             "command": ["/bin/sh", "-c", text],
             "environment": {"PATH": os.environ["PATH"]},
@@ -41,21 +43,23 @@ class Started:
             "umask": 0o022,
             **plan,
         }
-        (folder / "plan.json").write_text(json.dumps(document))
-        reading, self.gate = os.pipe2(os.O_CLOEXEC)
-        self.process = subprocess.Popen([*EXECUTOR, folder, str(reading), str(lane)], pass_fds=(reading, lane))
-        os.close(reading)
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        number = theirs.fileno()
+        words = [*EXECUTOR, str(folder.parent), str(number), "0"]
+        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd="/", pass_fds=(number,))
+        theirs.close()
+        if lane is not None:
+            socket.send_fds(self.socket, [json.dumps(document).encode()], [lane])
 
     def tell(self, text: bytes) -> None:
-        """Writes to the gate, and closes it."""
-        os.write(self.gate, text)
-        self.close_gate()
+        """Sends what is to open the gate, and hangs up."""
+        if text:
+            self.socket.send(text)
+        self.hang_up()
 
-    def close_gate(self) -> None:
-        """Closes the gate, as the end of the agent does."""
-        if self.gate >= 0:
-            os.close(self.gate)
-        self.gate = -1
+    def hang_up(self) -> None:
+        """Closes the agent's end, as the end of the agent does."""
+        self.socket.close()
 
     def exit_code(self) -> int:
         """How it ended, once it has."""
@@ -90,7 +94,7 @@ def start(states: StateFolder, tmp_path: Path) -> Iterator[Any]:
             started = Started(folder, lane, text, **plan)
             opened.callback(started.process.wait)
             opened.callback(started.process.kill)
-            opened.callback(started.close_gate)
+            opened.callback(started.hang_up)
             return started
 
         yield start
@@ -101,15 +105,15 @@ def start(states: StateFolder, tmp_path: Path) -> Iterator[Any]:
 
 def test_nothing_is_run_before_the_gate_is_opened(start: Any, tmp_path: Path) -> None:
     started = start(f"touch {tmp_path}/ran")
-    until(lambda: "result.draft" in started.left, "it waits at the gate")
+    until(lambda: "process" in started.left, "it waits at the gate")
 
-    assert started.left == {"plan.json", "result.draft", "process"}
+    assert started.left == {"result.draft", "process"}
     assert not (tmp_path / "ran").exists()
     started.tell(OPEN)
 
     assert started.exit_code() == 0
     assert (tmp_path / "ran").exists()
-    assert started.left == {"plan.json", "started", "process", "result.json"}
+    assert started.left == {"started", "process", "result.json"}
 
 
 @pytest.mark.parametrize("word", [b"", b"X", b"g"])
@@ -149,7 +153,7 @@ def test_the_mark_is_there_before_the_command_is_and_the_result_after_it(start: 
     started.exit_code()
 
     seen = set(started.result["output"].split())
-    assert {"plan.json", "started", "result.draft"} <= seen
+    assert {"process", "started", "result.draft"} <= seen
     assert "result.json" not in seen
 
 

@@ -15,7 +15,7 @@ from sprite_agent.control.journal_file import read_audit
 from support.control_history import ControlHistory
 from support.failing_executor import KILL
 from support.repos import STANDIN, LoopFiles, event, line, put
-from support.runtime import LOOKS_ONCE, executions, request, turn
+from support.runtime import LOOKS_ONCE, commands, executions, request, turn
 from support.waiting import until
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class Controlled:
         *requests: Json,
         failpoints: str = "",
         recover: bool = False,
+        ahead: bool = False,
         driver: Driver | None = None,
         watch: Callable[[int], object] | None = None,
     ) -> list[Json]:
@@ -103,6 +104,7 @@ class Controlled:
             requests: what to ask.
             failpoints: places, as in "agent.recorded,executor.gated=ENOSPC"; at the first it is killed.
             recover: do first what an agent does at its start.
+            ahead: likewise, and ask when an executor waits, as it does in an agent that serves.
             driver: has it done, where that is to be another one than usual.
             watch: is given the process's pid before it does anything.
         """
@@ -116,6 +118,7 @@ class Controlled:
             "failpoints": f"{self.fired}|{','.join(places)}" if places else "",
             "mutant": self._mutant,
             "recover": recover,
+            "ahead": ahead,
         }
         *said, ended = (driver or self._driver).do(job, watch)
         assert ended["ended"] in {0, -signal.SIGKILL}, f"the agent ended with {ended['ended']}; see what it printed"
@@ -132,10 +135,12 @@ class Controlled:
         else:
             self.history.unanswered(attempt)
 
-    def settle(self, document: Json, *, failpoints: str = "", recover: bool = False, tries: int = 6) -> Json:
+    def settle(
+        self, document: Json, *, failpoints: str = "", recover: bool = False, ahead: bool = False, tries: int = 6
+    ) -> Json:
         """Asks again, as a client has to, until there is an answer."""
         for _ in range(tries):
-            for said in self.ask(document, failpoints=failpoints, recover=recover):
+            for said in self.ask(document, failpoints=failpoints, recover=recover, ahead=ahead):
                 if "answer" in said:
                     return dict(said["answer"])
                 assert said["error"]["retryable"], f"it was refused: {said['error']}"
@@ -165,15 +170,6 @@ def add_waiting_loop(repo: LoopFiles, loop_id: str) -> None:
     put(folder / "approval.json", {"status": "pending", "loop_id": loop_id, "run_id": "run-1", "iteration": 1})
 
 
-def _processes_of(place: Path) -> list[str]:
+def _processes_of(place: Path) -> list[int]:
     """Executors and commands that work on something below `place`."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            try:
-                words = (process / "cmdline").read_bytes()
-            except OSError:
-                continue  # it has ended
-            if os.fsencode(place) in words:
-                found.append(process.name)
-    return found
+    return [pid for pid, words in commands() if any(os.fsencode(place) in word for word in words)]

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from sprite_agent.contract.requests import check_request
-from sprite_agent.control import executions, executor, failpoints
+from sprite_agent.control import executor, executors, failpoints
 from sprite_agent.errors import OpsError
 from sprite_agent.repo import Repo
 from support import failing_executor
 from support.mutants import MUTANTS
-from support.runtime import request
+from support.runtime import executors_of, request
+from support.waiting import until
 
 BUG = 70
 """Exit code of a child that has met an error that is none of the agent's."""
@@ -38,8 +39,8 @@ def arm(spec: str, mutant: str | None) -> None:
     """Has this process, and the executors it starts, fail as told."""
     if spec:
         failpoints.hit = failing_executor.Failpoints(spec, "agent").hit
-        python = executions.EXECUTOR[:-1]
-        setattr(executions, "EXECUTOR", (*python, failing_executor.__file__, executor.__file__, spec))  # noqa: B010  # of another length
+        python = executors.EXECUTOR[:-1]
+        setattr(executors, "EXECUTOR", (*python, failing_executor.__file__, executor.__file__, spec))  # noqa: B010  # of another length
     if mutant:
         MUTANTS[mutant]()
 
@@ -63,9 +64,12 @@ def _do(job: dict[str, Any]) -> None:
         _print({"pid": os.getpid()})
         os.read(sys.stdin.fileno(), 1)
     arm(job["failpoints"], job["mutant"])
-    repo = Repo(Path(job["repo"]), state_folder=Path(job["state"]), runtime=job["runtime"])
-    if job["recover"]:
+    state, ahead = Path(job["state"]), job["ahead"]
+    repo = Repo(Path(job["repo"]), state_folder=state, runtime=job["runtime"], executors_ahead=ahead)
+    if job["recover"] or ahead:
         repo.recover()
+    if ahead:
+        until(lambda: executors_of(state), "an executor waits")
     together = threading.Barrier(len(job["requests"]))
     callers = [threading.Thread(target=_ask, args=(repo, document, together)) for document in job["requests"]]
     for caller in callers:

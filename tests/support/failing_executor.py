@@ -1,6 +1,6 @@
 """The executor with failpoints: like the real one a program of the standard library only.
 
-    python -I -S failing_executor.py EXECUTOR FAILPOINTS FOLDER GATE LANE
+    python -I -S failing_executor.py EXECUTOR FAILPOINTS EXECUTIONS SOCKET USER
 
 FAILPOINTS is what `Failpoints` reads; its environment is clean, so it is told by a word.
 """
@@ -22,7 +22,7 @@ from typing import Any
 KILL = "kill"
 FULL = "full"
 """From there on no file of this process can grow: RLIMIT_FSIZE."""
-_COUNTED = ("open", "write", "pwrite", "fsync", "ftruncate", "posix_fallocate", "rename")
+_COUNTED = ("open", "write", "pwrite", "fsync", "ftruncate", "posix_fallocate", "rename", "fork", "execvpe")
 """Calls of which the n-th is a place as well, as in "executor.fsync.2=EIO"."""
 
 
@@ -83,4 +83,4 @@ if __name__ == "__main__":
     if re.search(r"\.\d+=", sys.argv[2]):
         for name in _COUNTED:
             failpoints.count(name)
-    sys.exit(executor.main(sys.argv[3], *map(int, sys.argv[4:])))
+    os._exit(executor.main(sys.argv[3], *map(int, sys.argv[4:])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,12 +11,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sprite_agent.control import executor
 from sprite_agent.control.state_folder import StateFolder
 from sprite_agent.errors import ControlBusy, ControlNotFound
 from support.repos import LOOP, STANDIN, LoopFiles, event, line, put
 from support.waiting import DEADLINE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pytest
 
     from sprite_agent.contract.envelopes import ControlResult
@@ -78,6 +82,20 @@ def executions(loop: LoopFiles) -> list[Json]:
     """What the stand-in's approve and cancel have been started with, one for each start."""
     log = loop.runtime / "standin-executions.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def executors_of(state: Path) -> list[int]:
+    """The executors that wait for a command, or run one, of the agents with that state folder."""
+    words = os.fsencode(state / "executions")
+    return [pid for pid, found in commands() if words in found and os.fsencode(executor.__file__) in found]
+
+
+def commands() -> Iterator[tuple[int, list[bytes]]]:
+    """The pid and the words of each process."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has ended
+                yield int(process.name), (process / "cmdline").read_bytes().split(b"\0")
 
 
 def mark_in(result: ControlResult) -> str:

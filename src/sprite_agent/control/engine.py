@@ -111,7 +111,8 @@ class ControlEngine:
         self._journal: Journal | None = None
 
     def close(self) -> None:
-        """Closes the journal."""
+        """Closes the journal, and ends the executor that waits."""
+        self._executions.close()
         if self._journal is not None:
             self._journal.close()
 
@@ -141,7 +142,8 @@ class ControlEngine:
         """Finishes the rows of processes that are gone; nothing is run again.
 
         Returns when it has looked at each. Where a command still runs, or its effect is
-        still to be waited for, that goes on in threads.
+        still to be waited for, that goes on in threads. From now on an executor may wait
+        for the next command.
 
         Raises:
             JournalCorrupt, JournalUnavailable
@@ -151,6 +153,8 @@ class ControlEngine:
             self._executions.forget_all_but(entry.execution_id for entry in self.journal.unfinished())
         for entry in unfinished:
             threading.Thread(target=self._recover_one, args=(entry,), name="recovery", daemon=True).start()
+        if self._runtime.path:
+            self._executions.prepare()
 
     def execute(self, request: ControlRequest, *, caller: Caller, deadline: float) -> ControlResult:
         """Runs the intent, or answers from the journal what has become of its key.

@@ -11,8 +11,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 from sprite_agent.control import executor, failpoints
 from sprite_agent.control.command import build_environment
 from sprite_agent.control.durability import sync
+from sprite_agent.control.executors import Executors
 from sprite_agent.control.processes import is_alive, name_from_stat, pid_of
 from sprite_agent.errors import NotExecuted
 
@@ -28,13 +27,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sprite_agent.control.command import User
+    from sprite_agent.control.executors import ExecutorProcess
 
 COMMAND_TIMEOUT = 30.0
 """Seconds a command may run; a cancel takes up to about 12."""
 MAX_OUTPUT_BYTES = 8 * 1024
-
-EXECUTOR = (sys.executable, "-I", "-S", executor.__file__)
-"""Isolated and without site-packages: it starts in milliseconds, and nobody's modules get into it."""
 
 _RECORDING = 5.0
 """Seconds an executor may take beyond its command's time, to start and to record."""
@@ -55,17 +52,29 @@ class CommandOutcome:
 class Executions:
     """The executions of one repo. Lives as long as its engine; any thread may call."""
 
-    def __init__(self, folder: Path, *, user: User | None = None, timeout: float = COMMAND_TIMEOUT) -> None:
+    def __init__(
+        self, folder: Path, *, user: User | None = None, timeout: float = COMMAND_TIMEOUT, ahead: bool = False
+    ) -> None:
         """Makes nothing yet.
 
         Args:
             folder: where their folders are.
             user: whom the commands run as.
             timeout: seconds after which a command's session is killed.
+            ahead: whether to keep an executor waiting for the next command; `close` ends it.
         """
         self._folder = folder
         self._user = user
         self._timeout = timeout
+        self._executors = Executors(folder, changes_user=user is not None, ahead=ahead)
+
+    def close(self) -> None:
+        """Ends the executor that waits, if one does."""
+        self._executors.close()
+
+    def prepare(self) -> None:
+        """Has an executor wait for the first command, if that is to be done ahead."""
+        self._executors.prepare()
 
     def run(self, execution_id: str, command: list[str], lane: int) -> CommandOutcome | None:
         """Runs a command to its end; None: its executor was killed, and how it ended is not known.
@@ -81,33 +90,11 @@ class Executions:
             NotExecuted: it was not, and won't be.
         """
         try:
-            place = self._make(execution_id, command)
-            failpoints.hit("prepared")
-            reading, gate = os.pipe2(os.O_CLOEXEC)
-            try:
-                process = self._spawn(place, reading, lane)
-                failpoints.hit("spawned")
-                os.write(gate, executor.OPEN)
-            finally:
-                os.close(reading)
-                os.close(gate)
-        except OSError as error:
-            raise NotExecuted(f"the command could not be started: {error.strerror}", retry_after=1.0) from error
-        failpoints.hit("released")
-        until = time.monotonic() + self._timeout
-        try:
-            process.wait(self._timeout + _RECORDING)
-        except subprocess.TimeoutExpired:
-            process.kill()  # it is stuck: its command is ended below
-            process.wait()
-        outcome = self.outcome(execution_id)
-        if outcome is None:
-            # A folder that is gone tells nothing: only an executor that says so, or one without its mark, ran nothing.
-            unmarked = place.is_dir() and not self.was_started(execution_id)
-            if process.returncode == executor.NEVER_RUN or unmarked:
-                raise NotExecuted("the command's executor ended before it began; try again", retry_after=1.0)
-            self.end_orphan(execution_id, within=until - time.monotonic())
-        return outcome
+            process = self._start(execution_id, command, lane)
+            failpoints.hit("released")
+            return self._outcome_of(process, execution_id)
+        finally:
+            self._executors.prepare()
 
     def outcome(self, execution_id: str) -> CommandOutcome | None:
         """How a command ended, as its executor has recorded; None: it has not."""
@@ -145,11 +132,11 @@ class Executions:
             for left in {entry.name for entry in self._folder.iterdir()} - set(kept):
                 self.forget(left)
 
-    def _make(self, execution_id: str, command: list[str]) -> Path:
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+    def _start(self, execution_id: str, command: list[str], lane: int) -> ExecutorProcess:
+        """The executor that was given the command, its gate open."""
         place = self._folder / execution_id
-        place.mkdir(mode=0o700)
         plan = {
+            "execution": execution_id,
             "agent": os.getpid(),
             "command": command,
             "environment": build_environment(self._user),
@@ -158,18 +145,35 @@ class Executions:
             "user": asdict(self._user) if self._user else None,
             "umask": 0o022,
         }
-        (place / executor.PLAN).write_bytes(json.dumps(plan).encode())
-        sync(self._folder)  # or the mark in it could be lost with the folder
-        return place
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            place.mkdir(mode=0o700)
+            sync(self._folder)  # or the mark in it could be lost with the folder
+            failpoints.hit("prepared")
+            process = self._executors.hand_over(plan, lane)
+            try:
+                failpoints.hit("spawned")
+                process.open_gate()
+            except OSError:
+                process.end(kill=True)
+                raise
+        except OSError as error:
+            raise NotExecuted(f"the command could not be started: {error.strerror}", retry_after=1.0) from error
+        return process
 
-    def _spawn(self, place: Path, gate: int, lane: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(  # noqa: S603  # this program's own file
-            [*EXECUTOR, str(place), str(gate), str(lane)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env=build_environment(None),
-            start_new_session=True,
-            pass_fds=(gate, lane),
-        )
+    def _outcome_of(self, process: ExecutorProcess, execution_id: str) -> CommandOutcome | None:
+        """How the command of a working executor ended, once it has; see `run`."""
+        until = time.monotonic() + self._timeout
+        if not process.is_done(self._timeout + _RECORDING):
+            process.end(kill=True)  # it is stuck: its command is ended below
+        outcome = self.outcome(execution_id)
+        if outcome is not None:
+            self._executors.let_go(process)
+            return outcome
+        exit_code = process.end()
+        # A folder that is gone tells nothing: only an executor that says so, or one without its mark, ran nothing.
+        unmarked = (self._folder / execution_id).is_dir() and not self.was_started(execution_id)
+        if exit_code == executor.NEVER_RUN or unmarked:
+            raise NotExecuted("the command's executor ended before it began; try again", retry_after=1.0)
+        self.end_orphan(execution_id, within=until - time.monotonic())
+        return None

@@ -138,6 +138,7 @@ async def running(config: ServeConfig, credentials: CredentialFiles | None = Non
             user=config.run_as,
             max_stream_age=MAX_STREAM_AGE,
             patience=READ_PATIENCE,
+            executors_ahead=True,
         )
         certificates = None if config.tls is None else CertificateFiles(config.tls)
         credentials = credentials or _credentials(config)
