@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,7 +21,7 @@ from support.runtime import SKIPS, executions, request, script, this_python_firs
 from support.tracing import INJECTED, Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from support.repos import Json
@@ -281,29 +281,28 @@ AN_ORDER = (
 """The row is on the disk, the executor is started, told what to run and let through, its mark is on the disk, the
 command is started, its result is on the disk, twice the row is, and the answer is given."""
 COMMIT, EXECUTOR, COMMAND = AN_ORDER[1], AN_ORDER[4], AN_ORDER[9]
+WITH_ONE_THAT_WAITED = (EXECUTOR, *[pattern for pattern in AN_ORDER if pattern != EXECUTOR])
+UNLOOKED = (*AN_ORDER[:-3], AN_ORDER[-1])
+"""Nobody looks for the effect: the row is final with how the command ended, and committed once more, not twice."""
 SYNCED = ("fsync", "fdatasync", "rename", "unlink", "execve", "write", "writev", "sendmsg", "sendto")
 
 
-def ordered(lines: list[str], *, ahead: bool = False) -> None:
-    """Fails unless the calls were made in that order, and nothing was committed besides.
-
-    `ahead`: the executor was started before the row was, and nothing else than that is another order.
-    """
+def ordered(lines: list[str], order: Sequence[str] = AN_ORDER) -> None:
+    """Fails unless the calls were made in that order, and nothing was committed besides."""
     rest = iter(lines)
-    order = (EXECUTOR, *[pattern for pattern in AN_ORDER if pattern != EXECUTOR]) if ahead else AN_ORDER
     for pattern in order:
         assert any(re.search(pattern, text) for text in rest), f"not in its place: {pattern}"
     before_it = itertools.takewhile(lambda text: not re.search(COMMAND, text), lines)
     assert sum(re.search(EXECUTOR, text) is not None for text in before_it) == 1, "not one executor"
     commits = sum(re.search(COMMIT, text) is not None for text in lines)
-    assert commits == AN_ORDER.count(COMMIT), f"{commits} commits"
+    assert commits == order.count(COMMIT), f"{commits} commits"
 
 
-def traced(controlled: Controlled, output: Path, *, ahead: bool = False) -> list[str]:
+def traced(controlled: Controlled, output: Path, *, ahead: bool = False, **members: Any) -> list[str]:
     """The calls of one control, with a journal that is there already."""
     controlled.settle(request("cancel", confirmation=SKIPS))
     traces: list[Trace] = []
-    controlled.ask(decision(), ahead=ahead, watch=lambda pid: traces.append(Trace(pid, output, SYNCED)))
+    controlled.ask(decision(**members), ahead=ahead, watch=lambda pid: traces.append(Trace(pid, output, SYNCED)))
     return traces[0].lines()
 
 
@@ -311,9 +310,17 @@ def traced(controlled: Controlled, output: Path, *, ahead: bool = False) -> list
 def test_each_step_is_on_the_disk_before_the_next_begins(
     controlled: Controlled, tmp_path: Path, *, ahead: bool
 ) -> None:
-    ordered(traced(controlled, tmp_path / "trace", ahead=ahead), ahead=ahead)
+    ordered(traced(controlled, tmp_path / "trace", ahead=ahead), WITH_ONE_THAT_WAITED if ahead else AN_ORDER)
 
     found("T10", "row synced < executor < mark synced < command < result synced < row synced twice < answer")
+
+
+def test_where_nobody_looks_for_the_effect_a_row_is_done_by_the_commit_that_says_how_its_command_ended(
+    controlled: Controlled, tmp_path: Path
+) -> None:
+    turn(controlled.loop)
+
+    ordered(traced(controlled, tmp_path / "trace", confirmation=SKIPS), UNLOOKED)
 
 
 def test_a_row_that_is_committed_after_its_command_is_not_in_order(driver: Driver, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sprite_agent.errors import (
 )
 from support.journals import opened, sql
 from support.repos import LOOP, STANDIN
-from support.runtime import LOOKS_ONCE, again, executions, mark_in, request, script, turn
+from support.runtime import LOOKS_ONCE, SKIPS, again, executions, mark_in, request, script, turn
 
 if TYPE_CHECKING:
     import sqlite3
@@ -105,6 +105,14 @@ def test_each_step_of_a_control_is_in_the_audit(repo: Repo, loop: LoopFiles, sta
 
     with opened(state) as journal:
         assert [entry.kind for entry in journal.audit_entries()] == ["begun", "executed", "done", "not_needed"]
+
+
+def test_each_step_is_in_the_audit_also_where_one_commit_takes_two(repo: Repo, state: Path) -> None:
+    result = repo.execute(request(confirmation=SKIPS))
+
+    with opened(state) as journal:
+        assert [entry.kind for entry in journal.audit_entries()] == ["begun", "executed", "done"]
+    assert (result["state"], result["status"]) == ("done", "executed_unconfirmed")
 
 
 def test_a_refusal_leaves_no_row_and_is_in_the_audit(repo: Repo, state: Path) -> None:
@@ -296,8 +304,9 @@ FAILS = "CREATE TRIGGER fails BEFORE INSERT ON audit WHEN NEW.kind = '{}' BEGIN 
 
 
 @pytest.mark.parametrize("kind", ["executed", "done"])
+@pytest.mark.parametrize("asked", [LOOKS_ONCE, SKIPS], ids=["looks", "skips"])
 def test_an_outcome_that_could_not_be_audited_is_told_later_and_the_command_not_run_again(
-    make_repo: MakeRepo, loop: LoopFiles, state: Path, kind: str
+    make_repo: MakeRepo, loop: LoopFiles, state: Path, kind: str, asked: Any
 ) -> None:
     """I10: it is never taken for a command that has failed."""
     repo = make_repo()
@@ -306,12 +315,15 @@ def test_an_outcome_that_could_not_be_audited_is_told_later_and_the_command_not_
 
     for _ in range(2):
         with pytest.raises(InternalError, match="'key-2' was executed, but that could not be recorded") as unknown:
-            repo.execute(request("reject", idempotencyKey="key-2"))
+            repo.execute(request("reject", idempotencyKey="key-2", confirmation=asked))
         assert unknown.value.executed is None
     sql(state / "journal.sqlite3", "DROP TRIGGER fails")
 
-    result = repo.execute(request("reject", idempotencyKey="key-2"))
-    assert (result["status"], result["reason"], result["exitCode"]) == ("confirmed", "rejection_observed", 0)
+    result = repo.execute(request("reject", idempotencyKey="key-2", confirmation=asked))
+    found = (
+        ("confirmed", "rejection_observed") if asked is LOOKS_ONCE else ("executed_unconfirmed", "confirmation_skipped")
+    )
+    assert (result["status"], result["reason"], result["exitCode"]) == (*found, 0)
     assert len(executions(loop)) == 1
 
 

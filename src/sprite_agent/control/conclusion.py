@@ -12,7 +12,7 @@ from sprite_agent.control.results import looked_result, skipped_result, unlooked
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sprite_agent.contract.envelopes import ControlConfirmation, ControlResult
+    from sprite_agent.contract.envelopes import ControlConfirmation, ControlRequest, ControlResult
     from sprite_agent.control.journal_rows import Entry
     from sprite_agent.event_log.log import EventLog
     from sprite_agent.snapshot import LoopReading
@@ -33,13 +33,10 @@ def conclude(
         waited: seconds of the time to look that are over.
     """
     request, result = entry.origin.request, entry.result
-    wait: ControlConfirmation = {"mode": "wait"}
-    asked = request.get("confirmation", wait)
-    unlooked = unlooked_result(result)
+    unlooked = conclude_unlooked(request, result)
     if unlooked is not None:
         return unlooked
-    if asked["mode"] == "skip" and result["exitCode"] == 0:
-        return skipped_result(result)
+    asked = _asked(request)
     patience = asked.get("timeoutSeconds", DEFAULT_TIMEOUT) if result["exitCode"] == 0 else 0.0
     baseline = baseline_from(entry.origin.baseline)
     loop_id = request["loopId"]
@@ -54,3 +51,15 @@ def conclude(
             settle=SETTLE if request["intent"] == "cancel" else 0.0,
         )
     return looked_result(result, look, baseline.evidence, entry.mark)
+
+
+def conclude_unlooked(request: ControlRequest, result: ControlResult) -> ControlResult | None:
+    """The final result of a command that has ended, where nobody is to look for its effect."""
+    if _asked(request)["mode"] == "skip" and result["exitCode"] == 0:
+        return skipped_result(result)
+    return unlooked_result(result)
+
+
+def _asked(request: ControlRequest) -> ControlConfirmation:
+    wait: ControlConfirmation = {"mode": "wait"}
+    return request.get("confirmation", wait)

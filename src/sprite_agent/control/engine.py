@@ -20,7 +20,7 @@ from sprite_agent.contract.requests import fingerprint
 from sprite_agent.contract.validation import validate
 from sprite_agent.control import failpoints, preconditions
 from sprite_agent.control.command import build_command, find_runtime
-from sprite_agent.control.conclusion import conclude
+from sprite_agent.control.conclusion import conclude, conclude_unlooked
 from sprite_agent.control.evidence import take_baseline
 from sprite_agent.control.flights import Flights
 from sprite_agent.control.journal import Journal, NewRow
@@ -270,7 +270,10 @@ class ControlEngine:
             # The lane is left to the command, if that still runs without its executor.
             return self._record(entry, interrupted_result(entry.result))
         try:
-            entry = self._record(entry, executed_result(entry.result, outcome))
+            steps = [executed_result(entry.result, outcome)]
+            if (final := conclude_unlooked(entry.origin.request, steps[0])) is not None:
+                steps.append(final)
+            entry = self._record(entry, *steps)
         finally:
             free(lane)  # a child of the command may have it
         failpoints.hit("finished")
@@ -326,10 +329,11 @@ class ControlEngine:
         """Whether nobody works on a row any more; asked by who leads its flight."""
         return entry.owner == self._owner or not is_alive(entry.owner.partition("/")[0])
 
-    def _record(self, entry: Entry, result: ControlResult) -> Entry:
-        validate("control_result", result)
+    def _record(self, entry: Entry, *results: ControlResult) -> Entry:
+        for result in results:
+            validate("control_result", result)
         try:
-            return self.journal.record(entry, result)
+            return self.journal.record(entry, *results)
         except (JournalUnavailable, JournalCorrupt) as error:
             key = entry.origin.request["idempotencyKey"]
             raise InternalError(

@@ -148,8 +148,10 @@ class Journal:
             self._write(tables, entry, kind, caller=asdict(new.caller), command=new.result["command"])
         return entry
 
-    def record(self, entry: Entry, result: ControlResult) -> Entry:
-        """Commits a row's new result, by which it is executed or done. A row that is done is never changed.
+    def record(self, entry: Entry, *results: ControlResult) -> Entry:
+        """Commits a row's new results, each the next step: by them it is executed or done.
+
+        All of them or none; each is in the audit. A row that is done is never changed.
 
         Raises:
             JournalCorrupt, JournalUnavailable
@@ -159,10 +161,11 @@ class Journal:
             current = self._current(tables, entry)
             if current.state == "done":
                 return current
-            recorded = replace(current, state=result["state"], result=result, updated=time.time())
-            names = ("status", "reason", "effect", "exitCode", "timedOut")
-            self._write(tables, recorded, result["state"], **{name: result[name] for name in names})  # type: ignore[literal-required]  # five of its keys
-            return recorded
+            for result in results:
+                current = replace(current, state=result["state"], result=result, updated=time.time())
+                names = ("status", "reason", "effect", "exitCode", "timedOut")
+                self._write(tables, current, result["state"], **{name: result[name] for name in names})  # type: ignore[literal-required]  # five of its keys
+            return current
 
         recorded: Entry = self._change_with_ballast(change)
         return recorded
