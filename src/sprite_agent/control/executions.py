@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.control import executor, failpoints
 from sprite_agent.control.command import build_environment
-from sprite_agent.control.durability import sync
 from sprite_agent.control.executors import Executors
 from sprite_agent.control.processes import is_alive, name_from_stat, pid_of
 from sprite_agent.errors import NotExecuted
@@ -148,7 +147,6 @@ class Executions:
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             place.mkdir(mode=0o700)
-            sync(self._folder)  # or the mark in it could be lost with the folder
             failpoints.hit("prepared")
             process = self._executors.hand_over(plan, lane)
             try:

@@ -74,7 +74,7 @@ def main(executions: str, number: int, changes_user: int) -> int:
             if agent.recv(1) != OPEN:
                 return NEVER_RUN
             hit("gated")
-            _write_durably(STARTED, b"")
+            _mark()
         except OSError:
             with contextlib.suppress(OSError):  # else it counts as run, which is safe
                 Path(STARTED).unlink()
@@ -214,7 +214,7 @@ def _record(draft: int, result: dict[str, Any]) -> None:
     os.fsync(draft)
     hit("drafted")
     Path(_DRAFT).rename(RESULT)
-    _sync_folder()
+    _sync(".")
 
 
 def _run(command: Command, plan: dict[str, Any], text: bytes, lane: int) -> dict[str, Any]:
@@ -276,16 +276,17 @@ def _privileges_dropper() -> Callable[[], None]:
     return drop
 
 
-def _write_durably(name: str, content: bytes) -> None:
-    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    os.write(file, content)
+def _mark() -> None:
+    """Returns when the mark is on the disk, and the way to it: its folder was made a moment ago."""
+    file = os.open(STARTED, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     os.fsync(file)
     os.close(file)
-    _sync_folder()
+    _sync(".")
+    _sync("..")
 
 
-def _sync_folder() -> None:
-    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     os.fsync(folder)
     os.close(folder)
 
