@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import stat
@@ -75,6 +76,12 @@ def all_of(state: Path) -> list[int]:
     return found if len(found) == PROCESSES else []
 
 
+def holds(process: Path, sockets: int) -> list[str]:
+    """What a process has open, once it has no more than so many sockets."""
+    held = [str(each.readlink()) for each in (process / "fd").iterdir()]
+    return held if sum(each.startswith("socket") for each in held) <= sockets else []
+
+
 # While it waits.
 
 
@@ -101,14 +108,11 @@ def test_it_has_no_file_lock_or_listener_of_the_agents_and_nothing_of_its_enviro
         executions = Executions(folder.executions, ahead=True)
         opened.callback(executions.close)
 
-        for pid in waiting_for(executions, folder.path):
+        # To its agent, and from one of its processes to the other.
+        for pid, sockets in zip(waiting_for(executions, folder.path), (2, 1), strict=True):
             process = Path(f"/proc/{pid}")
-            held = [str(each.readlink()) for each in (process / "fd").iterdir()]
-            kinds = {each.partition(":")[0] for each in held}
-            assert kinds <= {"/dev/null", "pipe", "socket"}
-            sockets = {each for each in held if each.startswith("socket")}
-            # The child was forked, and may still have to close what is not its own.
-            assert 1 <= len(sockets) <= 2  # to its agent, and from one of its processes to the other
+            held = until(functools.partial(holds, process, sockets), "it has closed what is not its own")
+            assert {each.partition(":")[0] for each in held} <= {"/dev/null", "pipe", "socket"}
             environment = (process / "environ").read_bytes().split(b"\0")
             assert {word.partition(b"=")[0] for word in environment} <= {b"PATH", b"HOME", b"LANG", b""}
             assert (process / "cwd").readlink() == Path("/")

@@ -122,8 +122,8 @@ class Executions:
             time.sleep(_POLL)
 
     def forget(self, execution_id: str) -> None:
-        """Removes what an execution has left; its outcome is in the journal."""
-        shutil.rmtree(self._folder / execution_id, ignore_errors=True)
+        """Removes what an execution has left, now or soon; its outcome is in the journal."""
+        self._executors.later(lambda: shutil.rmtree(self._folder / execution_id, ignore_errors=True))
 
     def forget_all_but(self, kept: Iterable[str]) -> None:
         """Removes what executions have left that nobody asks for any more."""
@@ -166,7 +166,7 @@ class Executions:
             process.end(kill=True)  # it is stuck: its command is ended below
         outcome = self.outcome(execution_id)
         if outcome is not None:
-            self._executors.let_go(process)
+            self._executors.later(process.end)
             return outcome
         exit_code = process.end()
         # A folder that is gone tells nothing: only an executor that says so, or one without its mark, ran nothing.

@@ -20,6 +20,7 @@ from sprite_agent.control import executor
 from sprite_agent.control.command import build_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 EXECUTOR = (sys.executable, "-I", "-S", executor.__file__)
@@ -120,7 +121,7 @@ class Executors:
         # Guards what follows. One is started under it: who comes meanwhile is to have that one, and not start another.
         self._lock = threading.Lock()
         self._waiting: ExecutorProcess | None = None
-        self._done: list[ExecutorProcess] = []
+        self._work: list[Callable[[], object]] = []
         self._keeper: threading.Thread | None = None
         self._wanted = threading.Event()
         self._closing = threading.Event()
@@ -135,7 +136,7 @@ class Executors:
             if self._waiting is not None:
                 self._waiting.end(kill=True)
                 self._waiting = None
-        self._end_done()
+        self._do_work()
 
     def hand_over(self, plan: dict[str, Any], lane: int) -> ExecutorProcess:
         """Gives a plan to the executor that waits or, where none does or it was killed, to a new one.
@@ -170,14 +171,15 @@ class Executors:
                 self._keeper.start()
         self._wanted.set()
 
-    def let_go(self, done: ExecutorProcess) -> None:
-        """Takes back one that is done; where somebody else can, its last moments are not waited for here."""
-        if self._keeper is None:
-            done.end()
-            return
+    def later(self, work: Callable[[], object]) -> None:
+        """Has done what no answer needs to wait for: a little later where there is a thread for it, else at once."""
         with self._lock:
-            self._done.append(done)
-        self._wanted.set()
+            if waits := self._keeper is not None and not self._closing.is_set():
+                self._work.append(work)
+        if waits:
+            self._wanted.set()
+        else:
+            work()
 
     def _keep_one_waiting(self) -> None:
         while True:
@@ -185,7 +187,7 @@ class Executors:
             if self._closing.wait(LATER):
                 return
             self._wanted.clear()
-            self._end_done()
+            self._do_work()
             with self._lock, contextlib.suppress(OSError):  # then the control that needs it starts one, or says why not
                 if self._waiting is None:
                     self._waiting = self._start()
@@ -193,8 +195,8 @@ class Executors:
     def _start(self) -> ExecutorProcess:
         return ExecutorProcess(self._folder, changes_user=self._changes_user)
 
-    def _end_done(self) -> None:
+    def _do_work(self) -> None:
         with self._lock:
-            done, self._done = self._done, []
-        for each in done:
-            each.end()
+            work, self._work = self._work, []
+        for each in work:
+            each()
