@@ -27,7 +27,7 @@ from support.control_history import ControlHistory
 from support.driving import EXIT_CODE, RUNTIME, Controlled, Driver, add_waiting_loop, decision
 from support.figures import found, scaled
 from support.repos import event, line, put
-from support.runtime import script, this_python_first, turn
+from support.runtime import SKIPS, script, this_python_first, turn
 from support.supervised import Supervised
 from support.waiting import until
 
@@ -109,6 +109,24 @@ def test_wherever_agent_and_executor_are_killed_a_key_is_run_once_and_has_one_an
     both = sum(len(each) == 2 for each in killed)
     kind = "an executor that waited" if ahead else "an executor started for it"
     found("T1", f"{len(cases)} cases with {kind}, both killed in {both}: 1 execution, 1 answer, 3 repeats equal")
+
+
+@pytest.mark.parametrize("place", [place for place in AGENT if place != "done"])
+def test_wherever_the_agent_is_killed_a_key_whose_effect_nobody_looks_for_is_run_once_and_has_one_answer(
+    driver: Driver, tmp_path: Path, place: str
+) -> None:
+    """Of these it never is at `done`: that it was executed and that it is done is one commit."""
+    controlled = Controlled(tmp_path, driver)
+    turn(controlled.loop)
+    document = decision(confirmation=SKIPS)
+
+    answer = controlled.settle(document, failpoints=f"agent.{place}", ahead=True)
+
+    controlled.ask(document, document)
+    ran = controlled.ran()
+    assert [file.name for file in controlled.fired.iterdir()] == [f"agent.{place}"]
+    assert (answer["status"], answer["exitCode"], len(ran)) == ("executed_unconfirmed", 0, 1)
+    controlled.history.check(ran, read_audit(controlled.state / "journal.sqlite3"), exit_code=0)
 
 
 def test_a_command_whose_executor_was_killed_keeps_others_out_until_it_has_ended(

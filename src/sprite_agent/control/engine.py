@@ -1,7 +1,7 @@
 """The control engine: runs an intent at most once for its idempotency key, and looks for its effect.
 
-The order is what makes it safe. The key's row is committed before the command's executor
-is started, and the executor starts nothing before it has heard so; whoever finds a row
+The order is what makes it safe. The key's row is committed before an executor is told of
+the command, and the executor starts nothing before it has heard so; whoever finds a row
 answers from it; a row whose process is gone is never run again, but looked into and
 finished. One command runs at a time in a repo: whoever runs one holds the lane, whichever
 process that is, and a killed agent's executor goes on holding it.
