@@ -275,7 +275,7 @@ class ControlEngine:
                 steps.append(final)
             entry = self._record(entry, *steps)
         finally:
-            free(lane)  # a child of the command may have it
+            free(lane)  # a child of the command may have it, and the executor for a moment more
         failpoints.hit("finished")
         self._executions.forget(entry.execution_id)
         return entry

@@ -65,11 +65,6 @@ class ExecutorProcess:
         ours.settimeout(_MESSAGE)
         self._socket = ours
 
-    @property
-    def pid(self) -> int:
-        """Its process."""
-        return self._process.pid
-
     def hand_over(self, plan: dict[str, Any], lane: int) -> None:
         """Gives it what to run, once its gate is opened, and the lane to hold.
 
