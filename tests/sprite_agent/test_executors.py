@@ -130,6 +130,23 @@ def test_it_ends_when_it_is_closed_and_leaves_neither_process_nor_thread(
     assert not any(thread.name == "executors" for thread in threading.enumerate())
 
 
+def test_it_can_be_closed_at_any_moment(executions: Executions) -> None:
+    """Also where its thread is about to start one: what tells it to end is not taken for a wish that it has met."""
+    inside = executions._executors  # noqa: SLF001  # the moment takes less than a microsecond
+
+    class SetTooLate(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited = super().wait(timeout)
+            self.set()
+            inside._wanted.set()  # noqa: SLF001  # likewise
+            return waited
+
+    inside._closing = SetTooLate()  # noqa: SLF001  # likewise
+    executions.prepare()
+
+    until(lambda: not any(thread.name == "executors" for thread in threading.enumerate()), "its thread has ended")
+
+
 def test_it_ends_with_a_killed_agent(start_agent: Callable[..., object], repo: LoopFiles, tmp_path: Path) -> None:
     """Whether it had come to wait or not: it has the agent's word for what to run, or runs nothing."""
     state = tmp_path / "state"

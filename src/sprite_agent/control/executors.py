@@ -179,9 +179,9 @@ class Executors:
     def _keep_one_waiting(self) -> None:
         while True:
             self._wanted.wait()
+            self._wanted.clear()  # before the look at what may have set it, or a wish between the two would be lost
             if self._closing.wait(LATER):
                 return
-            self._wanted.clear()
             self._do_work()
             with self._lock, contextlib.suppress(OSError):  # then the control that needs it starts one, or says why not
                 if self._waiting is None:
