@@ -36,7 +36,7 @@ def builder(*, whole: bool) -> EventBuilder:
         source={"repoPath": "/repo", "loopId": "demo"}, trace_id="t", emitted_at="2026-01-01T00:00:00Z", line_count=9
     )
     if whole:
-        made._may_be_run = lambda _: False  # noqa: SLF001  # what the fast way stands for
+        made._accepts = lambda _: False  # noqa: SLF001  # what the fast way stands for
     return made
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprite_agent.contract import json_text
 from sprite_agent.contract.json_text import member, open_object
-from sprite_agent.contract.validation import member_check, validate
+from sprite_agent.contract.validation import members_check, validate
 from sprite_agent.errors import ContractError
 
 if TYPE_CHECKING:
@@ -17,14 +17,9 @@ if TYPE_CHECKING:
 SEQUENCE_SOURCE = "cursor_event_line_offset"
 
 _KIND = "loop_run_event"
-_SOME_EVENT: Json = {
-    "timestamp": "-",
-    "name": "-",
-    "role": None,
-    "status": None,
-    "message": None,
-    "payload": None,
-    "raw": {},
+_SOME_MEMBERS: Json = {
+    "run": {"runId": "-", "iteration": 0},
+    "event": {"timestamp": "-", "name": "-", "role": None, "status": None, "message": None, "payload": None, "raw": {}},
 }
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 
@@ -42,8 +37,7 @@ class EventBuilder:
         Raises:
             ContractError: no event that the schema accepts can have that.
         """
-        self._may_be_run = member_check(_KIND, "run")
-        self._may_be_event = member_check(_KIND, "event")
+        self._accepts = members_check(_KIND, "run", "event")
         self._line_count = line_count
         self._shared: Any = {
             "schemaVersion": "v1",
@@ -52,7 +46,7 @@ class EventBuilder:
             "traceId": trace_id,
             "source": source,
         }
-        validate(_KIND, self._envelope(0, {"runId": "-", "iteration": 0}, _SOME_EVENT))
+        validate(_KIND, self._envelope(0, _SOME_MEMBERS))
 
     def build(self, value: Json, text: str, line: int) -> EventEnvelope:
         """The envelope of the record whose last line has the number `line`; `value` is what its `text` holds.
@@ -63,8 +57,8 @@ class EventBuilder:
         payload = value.get("data")
         if type(payload) is dict:
             payload = open_object(payload, text, "data")
-        run, event = self._parts(value, open_object(value, text), payload, line)
-        return self._envelope(line, run, event)  # type: ignore[no-any-return]  # the schema has decided
+        own = self._own(value, open_object(value, text), payload, line)
+        return self._envelope(line, own)  # type: ignore[no-any-return]  # the schema has decided
 
     def check(self, value: Json, line: int) -> None:
         """Returns if `build` makes an envelope of this record.
@@ -72,41 +66,43 @@ class EventBuilder:
         Raises:
             ContractError: it does not.
         """
-        self._parts(value, value, value.get("data"), line)
+        self._own(value, value, value.get("data"), line)
 
-    def _parts(self, value: Json, raw: Json, payload: Any, line: int) -> tuple[Any, Any]:
+    def _own(self, value: Json, raw: Json, payload: Any, line: int) -> Json:
+        """What an event does not share with the others: its run and itself."""
         # Written out, with a call only where a value is not as it nearly always is: this runs twice for every event.
         find = value.get
         iteration, name = find("iteration"), find("event")
         role, status, message = find("role"), find("status"), find("message")
-        run = {
-            "runId": find("run_id") or "unknown",
-            "iteration": iteration if type(iteration) is int else whole_number(iteration),
-        }
-        event = {
-            "timestamp": find("timestamp"),
-            "name": find("type") if name is None else name,
-            "role": None if role == "" else role,
-            "status": None if status == "" else status,
-            "message": None if message == "" else message,
-            "payload": payload,
-            "raw": raw,
+        own = {
+            "run": {
+                "runId": find("run_id") or "unknown",
+                "iteration": iteration if type(iteration) is int else whole_number(iteration),
+            },
+            "event": {
+                "timestamp": find("timestamp"),
+                "name": find("type") if name is None else name,
+                "role": None if role == "" else role,
+                "status": None if status == "" else status,
+                "message": None if message == "" else message,
+                "payload": payload,
+                "raw": raw,
+            },
         }
         try:
-            if line >= 0 and self._may_be_run(run) and self._may_be_event(event):
-                return run, event
+            if line >= 0 and self._accepts(own):
+                return own
         except ValueError:
             pass  # no JSON value
-        validate(_KIND, self._envelope(line, run, event))  # it says where
-        return run, event
+        validate(_KIND, self._envelope(line, own))  # it says where
+        return own
 
-    def _envelope(self, line: int, run: Any, event: Any) -> Any:
+    def _envelope(self, line: int, own: Json) -> Any:
         return {
             **self._shared,
             "sequence": {"source": SEQUENCE_SOURCE, "value": line},
             "cursor": {"eventLineOffset": line, "eventLineCount": self._line_count},
-            "run": run,
-            "event": event,
+            **own,
         }
 
 

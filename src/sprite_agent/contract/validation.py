@@ -74,12 +74,12 @@ def _validator(kind: str) -> jsonschema_rs.Draft202012Validator:
 
 
 @functools.cache
-def member_check(kind: str, name: str) -> Callable[[Any], bool]:
-    """What tells whether a document of `kind` may have a value for its member `name`.
+def members_check(kind: str, *names: str) -> Callable[[Any], bool]:
+    """What tells whether a document of `kind` may have the members of these names that an object has.
 
     It raises ValueError for a value that is no JSON value.
     """
-    return _compiled({"$ref": f"{_PREFIX}{kind}#/properties/{name}"}).is_valid
+    return _compiled({"properties": {name: {"$ref": f"{_PREFIX}{kind}#/properties/{name}"} for name in names}}).is_valid
 
 
 def _compiled(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:

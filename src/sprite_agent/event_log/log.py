@@ -309,7 +309,7 @@ class LogReader:
                 if record.last_line > line:
                     self.put_back(record)
                     return
-                if self.position.line == line or pace.over():
+                if record.last_line == line or pace.over():
                     break
             yield
 

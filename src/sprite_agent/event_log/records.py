@@ -34,6 +34,8 @@ _BLANK_LINES = re.compile(rb"(?:[ \t\r\x0b\x0c]*+\n)++")
 _LINES_AT_ONCE = 512
 """Some milliseconds' worth of lines that end no record."""
 
+_NOT_LOOKED_AT: dict[str, Any] = {}
+
 _is_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -93,7 +95,7 @@ class RecordReader:
     """
 
     def __init__(self, start: Position = START) -> None:
-        self._glance: Callable[[bytes], tuple[dict[str, Any] | None] | None] = _mere_glance
+        self._glance: Callable[[bytes], dict[str, Any] | None] = _mere_glance
         self.lines = start.line
         """Complete lines seen, from the beginning of the log."""
         self._boundary: tuple[int, int] = start
@@ -142,6 +144,7 @@ class RecordReader:
 
     def _feed_lines(self, data: bytes, at: int) -> Iterator[Record | None]:
         """Handles the lines that begin at `at`."""
+        glance = self._glance
         while (end := data.find(b"\n", at)) >= 0:
             if self._opening is None and data[at] <= _SPACE and (blank := _BLANK_LINES.match(data, at)):
                 self._pass(blank[0])
@@ -151,11 +154,11 @@ class RecordReader:
             line = data[at:end]
             at = end + 1
             # Nearly every line of nearly every log: what _take would make of it, without the calls.
-            if self._opening is None and len(line) < MAX_RECORD_BYTES and (glance := self._glance(line)):
+            if self._opening is None and len(line) < MAX_RECORD_BYTES and (value := glance(line)) is not None:
                 self.lines = number = self.lines + 1
                 self._offset = offset = self._offset + len(line) + 1
                 self._boundary = (number, offset)
-                yield _record((number, number, offset, line, glance[0], None, None))
+                yield _record((number, number, offset, line, value or None, None, None))
             else:
                 yield from self._take(line)
         self._keep_torn(data[at:])
@@ -309,19 +312,19 @@ def _judgement(text: bytes) -> tuple[dict[str, Any] | None, str | None]:
     return value, fault
 
 
-def _glance(line: bytes) -> tuple[dict[str, Any]] | None:
+def _glance(line: bytes) -> dict[str, Any] | None:
     """The object on a line; None: it is to be looked at closely."""
     value, fault = json_text.attempt(line)
-    return (value,) if fault is None and type(value) is dict else None
+    return value if fault is None and type(value) is dict else None
 
 
-def _mere_glance(line: bytes) -> tuple[None] | None:
-    """Whether JSON is on a line; None: it is to be looked at closely. Makes no values: they can be large."""
+def _mere_glance(line: bytes) -> dict[str, Any] | None:
+    """An empty object where JSON is on a line; None: it is to be looked at closely. Values can be large."""
     try:
         _is_json(line)
     except (msgspec.DecodeError, RecursionError):
         return None
-    return (None,)
+    return _NOT_LOOKED_AT
 
 
 def _fault_of(text: bytes) -> str | None:
