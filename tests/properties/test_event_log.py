@@ -15,9 +15,10 @@ from sprite_agent.artifacts import ArtifactFiles
 from sprite_agent.errors import PositionLost
 from sprite_agent.event_log import index as log_index
 from sprite_agent.event_log import log as event_log
-from sprite_agent.event_log import records, rereading, resume
+from sprite_agent.event_log import newest, records, rereading, resume
 from sprite_agent.event_log.log import EventLog
-from sprite_agent.event_log.pieces import Pace
+from sprite_agent.event_log.pieces import Pace, finished
+from sprite_agent.event_log.records import judged
 from support.logs import records_of, rest
 from support.repos import LOOP, LoopFiles, event, line, lines
 
@@ -146,3 +147,38 @@ def test_a_token_of_a_changed_log_is_refused_unless_all_before_it_is_as_it_was(
             assert not now.startswith(content[: token.position.offset])
         else:
             assert now.startswith(content[: token.position.offset])
+
+
+@settings(max_examples=100)
+@given(st.data(), long_logs)
+def test_the_portions_of_what_comes_are_all_of_it_each_with_a_token_as_good_as_any(
+    data: st.DataObject, content: bytes
+) -> None:
+    with small_limits(), patch.object(newest, "MAX_BATCH_EVENTS", 3), tempfile.TemporaryDirectory() as folder:
+        loop = LoopFiles(Path(folder))
+        before = data.draw(st.integers(0, len(content)))
+        loop.append(content[:before])
+        log = EventLog(ArtifactFiles(loop.repo), LOOP)
+        start = log.refresh().token.position
+        log.keep_newest(keep=True)
+        portions = []
+        unwritten = content[before:]
+        while unwritten:
+            size = data.draw(st.integers(1, len(unwritten)))
+            loop.append(unwritten[:size])
+            unwritten = unwritten[size:]
+            if data.draw(st.booleans()):
+                log.refresh()
+            if data.draw(st.booleans()):
+                portions += finished(log.newest_steps())[1]
+        view, last = finished(log.newest_steps())
+        portions += last
+
+        everything = [record for record in records_of(content) if record.last_line > start.line]
+        assert [judged(record) for portion in portions for record in portion.records] == everything
+        assert [portion.start for portion in portions] == [start.offset, *(each.end.offset for each in portions)][:-1]
+        for portion in portions:
+            assert len(portion.records) <= 3
+            remaining = [record for record in everything if record.last_line > portion.end.line]
+            assert rest(log, log.reader_after_token(portion.token)) == remaining
+        assert [str(view.token)] * bool(portions) == [portion.token for portion in portions[-1:]]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sprite_agent.event_log.records import Position, Record
     from sprite_agent.event_log.resume import ResumeToken
 
-_READ_AGAIN_AT_ONCE = 256 * 1024
+READ_AGAIN_AT_ONCE = 256 * 1024
 """Bytes of a log that can be read again while somebody waits: it takes a quarter of a millisecond."""
 _MAX_MARKS = 4096
 """Beyond it every other one is forgotten, so that the largest log takes about a megabyte."""
@@ -121,7 +121,7 @@ class LogIndex:
             aim.identity, aim.size, aim.passes = self._identity, status.st_size, self._rereading.demanded
         if not self._read(log, aim.size, pace):
             return False
-        if soon and not self._rereading.demanded and self._trail.end > _READ_AGAIN_AT_ONCE:
+        if soon and not self._rereading.demanded and self._trail.end > READ_AGAIN_AT_ONCE:
             return True
         end = (self._trail.end, self._trail.digest.digest())
         if not self._rereading.go_on(log, Stamp.of(status), self, end, pace):

@@ -19,7 +19,7 @@ from sprite_agent.errors import EventsNotFound, Starting
 from sprite_agent.event_log.index import Aim, LogIndex
 from sprite_agent.event_log.pieces import Pace, finished, goes_on
 from sprite_agent.event_log.records import Position, RecordReader, judged
-from sprite_agent.event_log.rereading import CHUNK, Stamp
+from sprite_agent.event_log.rereading import CHUNK
 from sprite_agent.event_log.resume import Trail, parse_token
 
 if TYPE_CHECKING:
@@ -48,6 +48,15 @@ class Opened(NamedTuple):
     view: LogView
 
 
+class LogStamp(NamedTuple):
+    """By what a file that has changed can be told, most likely."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
 class EventLog:
     """The log of one loop. Lives as long as its reader's process; any thread may call.
 
@@ -60,6 +69,7 @@ class EventLog:
         self.loop_id = loop_id
         self._patience = patience
         self.path = loop_paths(loop_id).events
+        self._place = files.repo / self.path
         # Guards the index; held for one piece of work, and never while anyone waits for a peer.
         self._lock = threading.Lock()
         self._index = LogIndex(str(self.path))
@@ -89,13 +99,18 @@ class EventLog:
         with contextlib.closing(self.look_steps()) as look:
             goes_on(look)
 
-    def stamp(self) -> tuple[int, Stamp] | None:
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody is at work on it: whoever asks now has to wait."""
+        return self._lock.locked()
+
+    def stamp(self) -> LogStamp | None:
         """What the file at the log's path looks like, in a few microseconds: a hint whether to look at it, no more."""
         try:
-            status = (self._files.repo / self.path).stat()
+            status = self._place.stat()
         except OSError:
             return None
-        return status.st_ino, Stamp.of(status)
+        return LogStamp(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def reader_after_line(self, line: int) -> LogReader:
         """A reader of the records after line `line` (of a record over several lines, its last counts).

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MAX_BATCH_EVENTS = 200
 MAX_BATCH_BYTES = 128 * 1024
 """Of raw records; one that is longer makes a portion of its own."""
-_MAX_KEPT = 1024 * 1024
+_MAX_KEPT = 4 * 1024 * 1024
 """Bytes that nobody has taken yet, about. What comes faster is read from the file."""
 
 
@@ -46,8 +46,8 @@ class Newest:
         """Notes the next record."""
         size = len(record.text)
         if self._records and (len(self._records) == MAX_BATCH_EVENTS or self._size + size > MAX_BATCH_BYTES):
-            last = self._records[-1]
-            end = Position(last.last_line, last.end)
+            # Before this record, not after the last one: of that place the trail may know nothing any more.
+            end = Position(record.first_line - 1, record.end - record.size_bytes)
             self.cut(end, str(trail.token(end)))
         self._records.append(record)
         self._size += size

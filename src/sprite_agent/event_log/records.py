@@ -34,6 +34,8 @@ _BLANK_LINES = re.compile(rb"(?:[ \t\r\x0b\x0c]*+\n)++")
 _LINES_AT_ONCE = 512
 """Some milliseconds' worth of lines that end no record."""
 
+_SHORT = 16 * 1024
+"""Bytes of a line whose value may be kept while its reader waits: it can be thirty times as large."""
 _NOT_LOOKED_AT: dict[str, Any] = {}
 
 _is_json = msgspec.json.Decoder(msgspec.Raw).decode
@@ -105,7 +107,7 @@ class RecordReader:
         self._opening: _Opening | None = None
 
     def judge(self) -> None:
-        """From now on, objects on one line come with their value; records of other kinds are not yet judged."""
+        """From now on, objects on one short line come with their value; other records are not yet judged."""
         self._glance = _glance
 
     def feed(self, data: bytes) -> Iterator[Record | None]:
@@ -313,7 +315,9 @@ def _judgement(text: bytes) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _glance(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None: it is to be looked at closely."""
+    """The object on a line, an empty one where the line is long; None: it is to be looked at closely."""
+    if len(line) > _SHORT:
+        return _mere_glance(line)
     value, fault = json_text.attempt(line)
     return value if fault is None and type(value) is dict else None
 

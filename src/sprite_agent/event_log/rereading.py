@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
 CHUNK = 64 * 1024
-_PIECE = 0.002
+_PIECE = 0.005
 """Seconds that a look is held up at most for the background."""
 _SHARE = 0.05
 """How much of the time the background may take."""

@@ -127,8 +127,9 @@ class _Stream:
             turn = 0
             while not self._is_over():
                 async with contextlib.aclosing(self._read(workers)) as batches:
-                    async for batch in batches:
-                        yield batch
+                    with contextlib.suppress(StopAsyncIteration):
+                        while True:
+                            yield await anext(batches)
                 if self._sent_enough() or not self._query.follow:
                     return
                 if self._is_over():
@@ -137,8 +138,9 @@ class _Stream:
                 await tail.wait(turn, self._patience())
                 if not self._query.max_events:  # else a portion of the tail may be more than is wanted
                     async with contextlib.aclosing(self._follow(tail, workers)) as batches:
-                        async for batch in batches:
-                            yield batch
+                        with contextlib.suppress(StopAsyncIteration):
+                            while True:
+                                yield await anext(batches)
                 turn = tail.turn
             yield self._bookmark()
 
@@ -247,11 +249,11 @@ class _Stream:
         return self._opened
 
     def _turn(self) -> EventMalformed | None:
-        """One piece of work: looks at the log again when all of it was sent, and makes a batch of what is new.
+        """One piece of work: looks at the log again when that is due, and makes a batch of what is new.
 
         Gives the malformed record that ends the stream after the batch.
         """
-        if self._caught_up and self._looking is None:
+        if (self._caught_up or self._opened is None) and self._looking is None:
             self._looking = self._look_steps()
         if self._looking is not None:
             looking, self._looking = self._looking, None

@@ -19,7 +19,9 @@ from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.streaming import EventBatch
 from sprite_agent.errors import ContractError, OpsError
+from sprite_agent.event_log.index import READ_AGAIN_AT_ONCE
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.pieces import goes_on
 from sprite_agent.event_log.records import value_of
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from sprite_agent.contract.streaming import RawEvent
     from sprite_agent.event_log.folder_watch import Changes, FolderWatch
     from sprite_agent.event_log.index import LogView
-    from sprite_agent.event_log.log import EventLog
+    from sprite_agent.event_log.log import EventLog, LogStamp
     from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.pieces import Steps
     from sprite_agent.event_log.records import Position
@@ -39,7 +41,11 @@ QUIET_PAUSE = 0.002
 """Seconds from one look at a busy log to the next: at once when it was quiet, never one message per append."""
 UNSURE_PAUSE = 0.1
 """Seconds between looks at a log that was not yet read again since it last changed."""
-_MAX_KEPT = 1024 * 1024
+SETTLED_PAUSE = 1.0
+"""Seconds until the times of a file tell whether it was changed since; a small log is read again with each look."""
+_LITTLE = 16 * 1024
+"""Bytes: reading and judging them takes less than a millisecond, whatever they hold."""
+_MAX_KEPT = 4 * 1024 * 1024
 """Bytes of records in the window, about."""
 _MAX_PORTIONS = 4096
 
@@ -125,7 +131,10 @@ class Tail:
         self._made: dict[int, News] = {}
         """Since the last turn, by the number of the first portion."""
         self._reread_at = -math.inf
-        self._looked: tuple[LogView, list[Checked]] | None = None
+        self._seen: LogView | None = None
+        """What the look that is under way has found; and what of it was checked, and how many portions were not."""
+        self._checked: list[Checked] = []
+        self._unchecked = 0
         self._waiting: set[asyncio.Future[None]] = set()
         self._wanted = asyncio.Event()
         self._task = asyncio.create_task(self._watch())
@@ -192,7 +201,7 @@ class Tail:
 
     def _news(self, view: LogView, number: int, portions: list[Checked]) -> News:
         following = number + len(portions)
-        at_end = following == self._first + len(self._window)
+        at_end = not self._unchecked and following == self._first + len(self._window)
         if not portions:
             return News(following, None, "", at_end, None)
         end, token = portions[-1].end, portions[-1].token
@@ -216,42 +225,71 @@ class Tail:
             while True:
                 stamp, began = self._log.stamp(), time.monotonic()
                 try:
-                    await self._look(changes)
+                    await self._look(changes, is_little=self._is_little(stamp))
                 except OpsError:
                     self.view = None  # whoever follows finds out why
                     self.wake()
-                await asyncio.sleep(began + QUIET_PAUSE - time.monotonic())
                 await self._wanted.wait()  # as long as all are behind, they read for themselves
-                is_sure = self.view is not None and self.view.is_sure
-                while not await changes.wait(math.inf if is_sure else UNSURE_PAUSE):
-                    if not is_sure or self._log.stamp() != stamp:
+                pause = self._pause()
+                while not await changes.wait(pause):
+                    if pause < math.inf or self._log.stamp() != stamp:
                         break
+                if (rest := began + QUIET_PAUSE - time.monotonic()) > 0:
+                    await asyncio.sleep(rest)
 
-    async def _look(self, changes: Changes) -> None:
-        await self._workers.finish(self._look_steps())
-        assert self._looked is not None  # noqa: S101  # the steps have ended
-        view, portions = self._looked
-        if self.view is None or view.identity != self.view.identity:
-            changes.look_anew()
-            self._begin_anew(view.token.position.offset)
-        else:
-            for portion in portions:
-                self._append(portion)
-        self.view = view
-        self.wake()
-        if not view.is_sure and time.monotonic() - self._reread_at >= UNSURE_PAUSE:
+    def _pause(self) -> float:
+        """Seconds until another look is due although nothing changes."""
+        if self.view is None:
+            return UNSURE_PAUSE
+        if self.view.is_sure:
+            return math.inf
+        return UNSURE_PAUSE if self.view.end > READ_AGAIN_AT_ONCE else SETTLED_PAUSE
+
+    def _is_little(self, stamp: LogStamp | None) -> bool:
+        """Whether so little has come, to the end of a record, that the way to another thread costs more than a look."""
+        if self.view is None or stamp is None or self._log.is_busy:
+            return False
+        return 0 <= stamp.size - self.view.token.position.offset <= _LITTLE
+
+    async def _look(self, changes: Changes, *, is_little: bool) -> None:
+        with contextlib.closing(self._look_steps()) as look:
+            more = goes_on(look) if is_little else await self._workers.run(lambda: goes_on(look))
+            while more:
+                self._publish(changes)
+                more = await self._workers.run(lambda: goes_on(look))
+        self._publish(changes)
+        if self._pause() == UNSURE_PAUSE and time.monotonic() - self._reread_at >= UNSURE_PAUSE:
             self._reread_at = time.monotonic()
             await self._workers.run(self._log.reread)
 
     def _look_steps(self) -> Steps[None]:
+        """Reads what is new, and checks it portion by portion."""
+        self._seen = None
         view, portions = yield from self._log.newest_steps()
+        self._seen = view
+        if not portions:
+            return
         builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=view.lines)
-        checked: list[Checked] = []
-        for portion in portions:
-            if checked:
+        for number, portion in enumerate(portions, 1):
+            self._checked.append(_checked(portion, builder))
+            self._unchecked = len(portions) - number
+            if self._unchecked:
                 yield
-            checked.append(_checked(portion, builder))
-        self._looked = view, checked
+
+    def _publish(self, changes: Changes) -> None:
+        """Lets followers have what was seen and checked so far."""
+        if self._seen is None:
+            return
+        if self.view is None or self._seen.identity != self.view.identity:
+            changes.look_anew()
+            self._begin_anew(self._seen.token.position.offset)
+            self._unchecked = 0
+        else:
+            for portion in self._checked:
+                self._append(portion)
+        self.view = self._seen
+        self._checked.clear()
+        self.wake()
 
     def _begin_anew(self, offset: int) -> None:
         self._first += len(self._window) + 1  # no number is used twice
