@@ -101,7 +101,7 @@ class Repo:
         self._lock = threading.Lock()
         self._logs: dict[str, EventLog] = {}
         self._patience = patience
-        self._recent_head: tuple[float, JournalHead | None] = (-math.inf, None)
+        self._recent_head: tuple[float, asyncio.Future[JournalHead | None] | None] = (-math.inf, None)
 
     def close(self) -> None:
         """Ends watching and the executor that waits, and closes the journal. Streams must have ended."""
@@ -164,12 +164,12 @@ class Repo:
         return None
 
     async def recent_journal_head(self) -> JournalHead | None:
-        """The same as known a second ago at most: for those who ask with every batch."""
-        taken, head = self._recent_head
-        if time.monotonic() - taken > _HEAD_AGE:
-            head = await asyncio.to_thread(self.journal_head)
-            self._recent_head = time.monotonic(), head
-        return head
+        """The same as known a second ago at most: for those who ask with every batch, however many they are."""
+        taken, looking = self._recent_head
+        if looking is None or time.monotonic() - taken > _HEAD_AGE:
+            looking = asyncio.ensure_future(asyncio.to_thread(self.journal_head))
+            self._recent_head = time.monotonic(), looking
+        return looking.result() if looking.done() else await asyncio.shield(looking)
 
     def note_refusal(self, facts: dict[str, Any]) -> None:
         """Notes in the audit that a call was refused before it came here; not each one, if there are very many."""

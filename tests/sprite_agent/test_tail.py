@@ -119,7 +119,7 @@ async def test_every_line_is_checked_once_however_many_follow(
     assert {checks[number] for number in range(3, 41)} == {1}
 
 
-async def test_followers_who_wait_look_at_nothing_and_hold_nothing_open(
+async def test_followers_who_wait_look_at_nothing_and_hold_one_descriptor_between_them(
     repo: Repo, loop: LoopFiles, looks: list[str]
 ) -> None:
     async with following(repo, loop, 20, heartbeat_interval=0.1) as followers:
@@ -130,7 +130,7 @@ async def test_followers_who_wait_look_at_nothing_and_hold_nothing_open(
 
         assert set(looks) <= {"newest_steps", "look_steps"}
         assert len(looks) < 20  # the tail's own, while the log has just changed
-        assert open_logs() == 0
+        assert open_logs() == 1
 
 
 async def test_all_who_are_at_the_same_place_are_given_the_same_batch(repo: Repo, loop: LoopFiles) -> None:

@@ -73,6 +73,8 @@ class EventLog:
         # Guards the index; held for one piece of work, and never while anyone waits for a peer.
         self._lock = threading.Lock()
         self._index = LogIndex(str(self.path))
+        self._kept: int | None = None
+        """The log, open as long as somebody keeps up with it."""
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
 
     @property
@@ -107,7 +109,7 @@ class EventLog:
     def stamp(self) -> LogStamp | None:
         """What the file at the log's path looks like, in a few microseconds: a hint whether to look at it, no more."""
         try:
-            status = self._place.stat()
+            status = self._place.lstat()
         except OSError:
             return None
         return LogStamp(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -144,7 +146,8 @@ class EventLog:
         """The same for who keeps up with it (see `keep_newest`), and what has come since the last call."""
         aim = Aim()
         while True:
-            with self._opened() as log, self._lock:
+            with self._lock:
+                log = self._found_again()
                 if self._index.advance(log, aim, soon=True):
                     return self._index.view(log), self._index.take_newest()
             yield
@@ -153,6 +156,7 @@ class EventLog:
         """Begins or ends to keep what comes into the log, for one who asks for it by `newest_steps`."""
         with self._lock:
             self._index.keep_newest(keep=keep)
+            self._let_go()
 
     def after_line_steps(self, line: int) -> Steps[Opened]:
         """See `reader_after_line`."""
@@ -210,6 +214,25 @@ class EventLog:
         finally:
             if waits:
                 self._waiting.release()
+
+    def _found_again(self) -> int:
+        """The descriptor that is kept for who keeps up, of what is at the log's path; the caller has the lock.
+
+        Going to a file component by component takes longer than reading a line of it. Where the path still
+        leads to the very file that was opened so, it need not be opened again.
+        """
+        if self._kept is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(self._place.lstat(), os.fstat(self._kept)):
+                    return self._kept
+            self._let_go()
+        self._kept = self._open()
+        return self._kept
+
+    def _let_go(self) -> None:
+        if self._kept is not None:
+            os.close(self._kept)
+            self._kept = None
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
