@@ -97,7 +97,7 @@ class Repo:
             read_loop=self.read_loop,
             log_of=self._log,
         )
-        # Guards the table of logs; nothing is done under it but looking up.
+        # Guards additions to the table of logs; nothing is done under it but that.
         self._lock = threading.Lock()
         self._logs: dict[str, EventLog] = {}
         self._patience = patience
@@ -129,7 +129,6 @@ class Repo:
     async def stream_events(self, query: EventQuery, *, raw: bool = False) -> AsyncGenerator[EventBatch]:
         """The batches of one subscription, of raw events where `raw`; see `event_log.stream` for its promises."""
         check_query(query)
-        self._files.require_loop(query.loop_id)
         log = self._log(query.loop_id)
         batches = stream_events(
             log, query, raw=raw, repo=self.path, workers=self._workers, tails=self._tails, end=self._stream_end
@@ -208,7 +207,13 @@ class Repo:
         return ()
 
     def _log(self, loop_id: str) -> EventLog:
+        """The log of a loop, which says for itself when it is gone again.
+
+        Raises:
+            LoopIdInvalid, LoopNotFound, ArtifactNotRegular
+        """
+        if (known := self._logs.get(loop_id)) is not None:
+            return known
+        self._files.require_loop(loop_id)  # else anybody could fill the table with names
         with self._lock:
-            if loop_id not in self._logs:
-                self._logs[loop_id] = EventLog(self._files, loop_id, patience=self._patience)
-            return self._logs[loop_id]
+            return self._logs.setdefault(loop_id, EventLog(self._files, loop_id, patience=self._patience))

@@ -147,7 +147,7 @@ class SpriteServiceTransport:
         check_query(query)
         body = stream_request(query).SerializeToString()
         metadata = self._renewed().metadata(_path("StreamEvents"), body, actor=None, trace_id=query.trace_id)
-        call = self._calls["StreamEvents"](body, metadata=metadata)
+        call = self._call("StreamEvents")(body, metadata=metadata)
         silence = MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT
         try:
             while True:
@@ -221,13 +221,16 @@ class SpriteServiceTransport:
     def _open(self, tls: TlsFiles | None) -> None:
         self._tls = tls
         self._channel = _channel(self._target, tls, self._credentials.tls_server_name)
-        # By bytes: what is signed is what is sent, and serializing twice need not give the same.
-        self._calls: dict[str, Any] = {
-            method.name: (self._channel.unary_stream if method.server_streaming else self._channel.unary_unary)(
-                _path(method.name), response_deserializer=GetMessageClass(method.output_type).FromString
-            )
-            for method in _SERVICE.methods
-        }
+        self._calls: dict[str, Any] = {}
+
+    def _call(self, name: str) -> Any:
+        """What makes a call of that method, made when it is first asked for: a follower needs one of five."""
+        if name not in self._calls:
+            method = _SERVICE.methods_by_name[name]
+            # By bytes: what is signed is what is sent, and serializing twice need not give the same.
+            make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+            self._calls[name] = make(_path(name), response_deserializer=GetMessageClass(method.output_type).FromString)
+        return self._calls[name]
 
     async def _ask(
         self,
@@ -242,7 +245,7 @@ class SpriteServiceTransport:
 
         async def once() -> Any:
             metadata = self._renewed().metadata(_path(method), body, actor=actor, trace_id=trace_id)
-            call, began = self._calls[method](body, timeout=timeout, metadata=metadata), time.time()
+            call, began = self._call(method)(body, timeout=timeout, metadata=metadata), time.time()
             try:
                 answer = await call
             except grpc.aio.AioRpcError as error:

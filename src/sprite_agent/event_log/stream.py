@@ -92,6 +92,8 @@ class _Stream:
     """A look at the log that is under way."""
     _found: EventBatch | None = None
     """What the last turn has made, until it is given out."""
+    _first_fault: EventMalformed | None = None
+    """The malformed record after the first batch, which is made as soon as the log is open."""
     _caught_up = False
     _has_begun = False
 
@@ -149,11 +151,11 @@ class _Stream:
         losses = 0
         while True:
             try:
-                fault = await workers.run(self._turn)
+                fault = await workers.run(self._turn) if self._has_begun else self._first_fault
             except (EventsNotFound, LoopNotFound, LogTruncated):
                 # Whoever removes a log or cuts it off may be about to write it anew: what is there then decides.
                 losses += 1
-                if not (self._has_begun and self._query.follow) or losses > _LOSSES or self._is_over():
+                if not self._query.follow or losses > _LOSSES or self._is_over():
                     raise
                 await asyncio.sleep(_LOSS_PAUSE)
                 continue
@@ -220,6 +222,7 @@ class _Stream:
         self._stand()
         if token is not None:
             self._last_line = self._position.line
+        self._found, self._first_fault = self._next_batch()
 
     def _silence(self) -> float:
         """Seconds until something is to be said, were it only that there is nothing."""

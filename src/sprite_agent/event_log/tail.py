@@ -135,6 +135,10 @@ class Tail:
         """What the look that is under way has found; and what of it was checked, and how many portions were not."""
         self._checked: list[Checked] = []
         self._unchecked = 0
+        self._is_kept = False
+        """Whether the log keeps what comes, for this."""
+        self._has_moved = False
+        """Whether the folder may be another one since it was looked for last."""
         self._waiting: set[asyncio.Future[None]] = set()
         self._wanted = asyncio.Event()
         self._task = asyncio.create_task(self._watch())
@@ -221,13 +225,12 @@ class Tail:
 
     async def _watch(self) -> None:
         with self._folders.follow(self._log.open_folder) as changes:
-            await self._workers.run(lambda: self._log.keep_newest(keep=True))
             while True:
                 stamp, began = self._log.stamp(), time.monotonic()
                 try:
                     await self._look(changes, is_little=self._is_little(stamp))
                 except OpsError:
-                    self.view = None  # whoever follows finds out why
+                    self.view, self._has_moved = None, True  # whoever follows finds out why
                     self.wake()
                 await self._wanted.wait()  # as long as all are behind, they read for themselves
                 pause = self._pause()
@@ -264,6 +267,9 @@ class Tail:
 
     def _look_steps(self) -> Steps[None]:
         """Reads what is new, and checks it portion by portion."""
+        if not self._is_kept:
+            self._log.keep_newest(keep=True)
+            self._is_kept = True
         self._seen = None
         view, portions = yield from self._log.newest_steps()
         self._seen = view
@@ -281,7 +287,8 @@ class Tail:
         if self._seen is None:
             return
         if self.view is None or self._seen.identity != self.view.identity:
-            changes.look_anew()
+            if self.view is not None or self._has_moved:
+                changes.look_anew()
             self._begin_anew(self._seen.token.position.offset)
             self._unchecked = 0
         else:
