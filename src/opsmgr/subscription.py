@@ -52,7 +52,9 @@ async def subscribe(
                     received += len(batch.events)
                     caught_up = batch.caught_up
                     query = replace(query, resume_token=batch.resume_token)
-                    yield batch
+                    given = [batch]
+                    del batch  # not kept while its reader has it
+                    yield given.pop()
         except OpsError as error:
             if 0 < wanted <= received:
                 return

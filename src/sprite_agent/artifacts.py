@@ -39,6 +39,7 @@ MAX_DOCUMENT_BYTES = 512 * 1024
 MAX_SUMMARY_BYTES = 8 * 1024 * 1024
 """run-summary.json grows by some 5 KB with each iteration; only its last entry goes into a snapshot."""
 
+_PIECE = 64 * 1024
 _MAX_READS = 6
 _REREAD_PAUSE = 0.02
 
@@ -199,9 +200,14 @@ class ArtifactFiles:
         descriptor = self.open(path)
         if descriptor is None:
             return None, missing_ref(path)
-        with os.fdopen(descriptor, "rb") as file:
-            content = file.read(limit + 1)
-            modified = int(os.fstat(file.fileno()).st_mtime)
+        try:
+            content = os.read(descriptor, _PIECE)
+            if len(content) == _PIECE:  # else it ended there: it is a regular file
+                with os.fdopen(os.dup(descriptor), "rb") as file:
+                    content += file.read(limit + 1)
+            modified = int(os.fstat(descriptor).st_mtime)
+        finally:
+            os.close(descriptor)
         if len(content) > limit:
             raise ArtifactMalformed(f"{self.repo / path} is larger than {limit} bytes", details={"path": path})
         return content, {

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from opsmgr.fleet.slots import Slot
-    from sprite_agent.contract.streaming import EventBatch
     from tools.bench.processes import Server
 
 _LOOK = 0.02
@@ -109,15 +108,16 @@ class _Follower:
                     self.numbers.append(event["cursor"]["eventLineOffset"])
                     if "at" in (payload := event["event"]["payload"] or {}):
                         self.stamps.append((payload["at"], now))
-                if batch.caught_up:
+                if caught_up := batch.caught_up:
                     self.caught_up.set()
+                del batch
                 if slots is not None:
-                    slot = await _metered(slots, slot, batch)
+                    slot = await _metered(slots, slot, caught_up=caught_up)
 
 
-async def _metered(slots: Slots, slot: Slot | None, batch: EventBatch) -> Slot | None:
+async def _metered(slots: Slots, slot: Slot | None, *, caught_up: bool) -> Slot | None:
     """As the supervisor of a fleet does it: whoever has not caught up needs a slot to go on."""
-    if batch.caught_up:
+    if caught_up:
         if slot is not None:
             slot.release()
         return None

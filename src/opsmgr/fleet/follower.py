@@ -141,8 +141,9 @@ class Follower:
             async with contextlib.aclosing(transport.events(query)) as batches:
                 async for batch in batches:
                     self._take(batch, first=first)
-                    first = False
-                    slot = await self._metered(slot, batch)
+                    first, caught_up = False, batch.caught_up
+                    del batch  # not kept while it waits for its turn
+                    slot = await self._metered(slot, caught_up=caught_up)
         finally:
             if slot is not None:
                 slot.release()
@@ -167,9 +168,9 @@ class Follower:
             self._metrics.received(self._target.name, len(batch.events))
             self._due.set()
 
-    async def _metered(self, slot: Slot | None, batch: EventBatch) -> Slot | None:
+    async def _metered(self, slot: Slot | None, *, caught_up: bool) -> Slot | None:
         """Lets so many catch up at once, for the memory; whoever has caught up is free to go on."""
-        if batch.caught_up:
+        if caught_up:
             if slot is not None:
                 slot.release()
             return None

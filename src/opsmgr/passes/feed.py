@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sprite_agent.errors import OpsError
 
 
-MOST_EVENTS = 2000
+MOST_EVENTS = 200
 """So many events are kept; of more, the first and the last tell all that a pass wants to know."""
 
 

@@ -162,7 +162,9 @@ class SpriteServiceTransport:
                     return
                 if not isinstance(message, pb.StreamEventsResponse):
                     raise ContractError("the answer is no message of this method")
-                yield batch_from(message, query.trace_id)
+                received = [message]
+                del message  # nothing of a batch is kept while its reader has it, or waits for its turn to go on
+                yield batch_from(received.pop(), query.trace_id)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
         finally:
