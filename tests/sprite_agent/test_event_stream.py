@@ -316,6 +316,20 @@ async def test_a_batch_holds_a_bounded_number_of_events(repo: Repo, loop: LoopFi
     assert [batch.caught_up for batch in batches] == [False, False, True]
 
 
+@pytest.mark.parametrize("follow", [True, False])
+async def test_a_full_batch_at_the_end_of_the_log_is_followed_by_word_that_this_was_all(
+    repo: Repo, loop: LoopFiles, *, follow: bool
+) -> None:
+    loop.append(numbered(MAX_BATCH_EVENTS))
+    async with subscribe(repo, follow=follow) as follower:
+        await follower.until_lines(MAX_BATCH_EVENTS)
+        if not follower.seen[-1].caught_up:
+            await follower.next()
+
+        assert follower.seen[-1].caught_up
+        assert len(follower.seen) <= 2
+
+
 async def test_a_batch_holds_a_bounded_number_of_skipped_records(repo: Repo, loop: LoopFiles) -> None:
     loop.append(b"x\n" * (MAX_BATCH_EVENTS + 1), numbered(1))
 

@@ -95,6 +95,8 @@ class _Stream:
     _first_fault: EventMalformed | None = None
     """The malformed record after the first batch, which is made as soon as the log is open."""
     _caught_up = False
+    _told_so = False
+    """Whether the last batch has said that all was sent."""
     _has_begun = False
 
     def __init__(self, log: EventLog, query: EventQuery, repo: str, end: StreamEnd, *, raw: bool) -> None:
@@ -181,10 +183,10 @@ class _Stream:
             if news.batch is not None:
                 self._last_line = news.batch.cursor["eventLineOffset"]
                 self._sent += len(news.batch.raw_events)
-                self._heard_at = time.monotonic()
+                self._heard_at, self._told_so = time.monotonic(), news.at_end
                 yield news.batch if self._raw else await workers.run(functools.partial(self._built, news.batch))
-            elif self._silence() <= 0:
-                self._heard_at = time.monotonic()
+            elif self._silence() <= 0 or (self._caught_up and not self._told_so):
+                self._heard_at, self._told_so = time.monotonic(), self._caught_up
                 yield self._bookmark()
             elif news.end is None:
                 await tail.wait(turn, self._patience())
@@ -237,13 +239,16 @@ class _Stream:
 
     def _says_something(self) -> bool:
         found = self._found
-        return found is not None and bool(found.events or found.raw_events or found.skipped)
+        return found is not None and bool(
+            found.events or found.raw_events or found.skipped or (found.caught_up and not self._told_so)
+        )
 
     def _given(self) -> EventBatch:
         """What the last turn has made; it is not held here any longer."""
         assert self._found is not None  # noqa: S101  # the caller has looked
         found, self._found = self._found, None
         self._heard_at = time.monotonic()
+        self._told_so = found.caught_up
         return found
 
     @property
