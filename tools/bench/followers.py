@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,8 @@ class _Follower:
     place: Place
     transport: SpriteServiceTransport = field(init=False)
     caught_up: asyncio.Event = field(default_factory=asyncio.Event)
-    numbers: list[int] = field(default_factory=list)
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    """Lines that came. No list: its integers, thousands for each stream, would pass for memory of the manager."""
     stamps: list[tuple[int, int]] = field(default_factory=list)
     """When each stamped event was written, and when it was here; nanoseconds of the monotonic clock."""
 
