@@ -39,7 +39,7 @@ protos-check: setup  ## protos are linted, compatible with the baseline, and the
 protos-baseline: setup  ## records the present protos as what later ones must stay compatible with
 	@$(BIN)/python tools/protos.py baseline
 
-bench: setup  ## benchmarks, all or those of ARGS="replay live --json out.json"; never part of the tests
+bench: setup  ## benchmarks, all or those of ARGS="replay live --json out.json"; ARGS=--gate: as the tests run them
 	@$(BIN)/python -m tools.bench $(ARGS)
 
 clean:

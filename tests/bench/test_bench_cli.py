@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.bench.__main__ import BENCHMARKS, EXIT_FAILED, EXIT_USAGE, run
+from tools.bench.__main__ import EXIT_FAILED, EXIT_USAGE, run
+from tools.bench.measuring import BENCHMARKS
+from tools.bench.plan import Size
 from tools.bench.report import Report, document
 from tools.bench.results import Result, figure
 from tools.bench.targets import TARGETS
@@ -30,6 +33,7 @@ def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
         (["replays"], "no benchmark replays; there are gen, micro, replay"),
         (["--fast"], "--fast"),
         (["reference"], "reference needs --reference DIR"),
+        (["micro", "--gate"], "no gates in micro; there are some in replay, snapshot, live, control, fanin"),
     ],
 )
 def test_a_wrong_call_is_refused_and_says_why(
@@ -75,7 +79,8 @@ def test_a_quick_replay_tells_everything_but_verdicts(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert (told["format"], told["quick"], told["seed"]) == ("opsmgr-bench/1", True, 5)
+    assert (told["format"], told["size"], told["seed"]) == ("opsmgr-bench/1", "quick", 5)
+    assert told["failures"] == {}
     assert {"python", "grpcio", "orjson", "kernel", "cpu", "nproc"} <= told["machine"].keys()
     assert {moment: len(load) for moment, load in told["load"].items()} == {"before": 3, "after": 3}
     replay = told["benchmarks"]["replay"]
@@ -92,9 +97,37 @@ def test_a_quick_replay_tells_everything_but_verdicts(tmp_path: Path) -> None:
 def test_a_full_run_judges_every_figure_that_has_a_target() -> None:
     found = Result(figures=tuple(figure(target.key, target.bound) for target in TARGETS))
     report = Report(
-        seed=1, quick=False, machine={}, load={"before": [], "after": []}, seconds={"all": 1.0}, results={"all": found}
+        seed=1,
+        size=Size.FULL,
+        machine={},
+        load={"before": [], "after": []},
+        seconds={"all": 1.0},
+        results={"all": found},
     )
 
     verdicts = {key: each["verdict"] for key, each in document(report)["benchmarks"]["all"]["figures"].items()}
 
     assert verdicts == {target.key: "missed" if target.relation == "<" else "met" for target in TARGETS}
+
+
+def test_a_benchmark_that_fails_takes_no_figure_from_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jq").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "poll").write_text("echo not today >&2; exit 3")
+    (tmp_path / "snapshot").touch()
+    adapters = ("--reference", str(tmp_path), "--reference-poll", "poll", "--reference-snapshot", "snapshot")
+    written, chart = tmp_path / "report.json", tmp_path / "chart.svg"
+
+    code = run(["reference", "gen", "--quick", *adapters, "--json", str(written), "--chart", str(chart)])
+
+    assert code == EXIT_FAILED
+    told = capsys.readouterr()
+    assert "a line of small, on average" in told.out
+    last = told.err.splitlines()[-1]
+    assert last.startswith("bench: reference failed: ReferenceMissing: ")
+    assert last.endswith(" ended with 3: not today")
+    report = json.loads(written.read_text())
+    assert (list(report["benchmarks"]), list(report["failures"])) == (["gen"], ["reference"])
+    assert chart.exists()

@@ -58,7 +58,7 @@ def draw(report: Report, path: Path) -> None:
         above, below = panes
         if judged:
             axes, words = above.subplots(1, 2, sharey=True, width_ratios=_SHARES)
-            _bars(axes, words, judged, quick=report.quick)
+            _bars(axes, words, judged, verdicts=report.has_verdicts)
         if rows:
             grid = below.add_gridspec(rows, _COLUMNS)
             for place, series in enumerate(report.series):
@@ -66,7 +66,7 @@ def draw(report: Report, path: Path) -> None:
         canvas.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
 
 
-def _bars(axes: Any, words: Any, figures: list[Figure], *, quick: bool) -> None:
+def _bars(axes: Any, words: Any, figures: list[Figure], *, verdicts: bool) -> None:
     """One bar for each target: how large what was measured is, as a part of the bound; beside it, in words."""
     words.axis("off")
     for row, figure in enumerate(figures):
@@ -74,7 +74,7 @@ def _bars(axes: Any, words: Any, figures: list[Figure], *, quick: bool) -> None:
         assert target is not None  # noqa: S101  # the caller has chosen them by it
         parts = [value / target.bound for value in (figure.spread.median, *figure.spread.quartiles)]
         median, low, high = (min(max(part, _SHORTEST), _LONGEST) for part in parts)
-        verdict = None if quick else figure.verdict
+        verdict = figure.verdict if verdicts else None
         colour = _PLAIN if verdict is None else _COLOURS[verdict]
         axes.barh(row, median - _SHORTEST, left=_SHORTEST, height=0.62, color=colour)
         axes.plot([low, high], [row, row], color="#1f2328", linewidth=1.2, solid_capstyle="butt")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from opsmgr.transport.sprite_service import SpriteServiceTransport
 from tools.bench.logs import LOOP, add_loop
+from tools.bench.plan import Sized
 from tools.bench.processes import Agent, Worker
 from tools.bench.results import Result, figure
 from tools.bench.rounds import interleaved
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from tools.bench.plan import Plan
     from tools.bench.processes import Server
 
-CALLS = 8
+CALLS = Sized(full=8, quick=2)
 """Of each kind in a round."""
-QUICK_CALLS = 2
 PACE = 0.15
 """Seconds before each single control: an operator's.
 
@@ -49,7 +49,7 @@ def run(plan: Plan) -> Result:
     add_loop(repo, LOOP, None)
     count = plan.folder / "control.count"
     command = _command(plan.folder / "stub", count)
-    calls = plan.sized(CALLS, QUICK_CALLS)
+    calls = plan.sized(CALLS)
     options = ("--superloop-bin", str(command), "--max-control-rate", "1000")
     with Agent(repo, *options) as agent, Worker() as worker:
         keys = _Keys()

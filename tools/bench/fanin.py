@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tools.bench import followers
 from tools.bench.followers import Place
 from tools.bench.logs import add_loop, append
+from tools.bench.plan import Sized
 from tools.bench.processes import Agent, Worker, cpu_seconds, forget_peak, memory, peak_memory
 from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
@@ -22,21 +23,16 @@ if TYPE_CHECKING:
     from tools.bench.plan import Plan
     from tools.bench.results import Figure
 
-STREAMS = (100, 500, 2000)
-QUICK_STREAMS = (10, 40)
-LOOPS = 1000
-"""Of each of the two agents."""
-QUICK_LOOPS = 20
-IDLE_SECONDS = 4.0
-EVENTS = 8
+MOST = 2000
+"""Streams, as the next."""
+STREAMS: Sized[tuple[int, ...]] = Sized(full=(100, 500, MOST), gate=(100,), quick=(10, 40))
+IDLE_SECONDS = Sized(full=4.0, quick=1.0)
+EVENTS = Sized(full=8, gate=4, quick=2)
 """Of each stream, one a second."""
-QUICK_EVENTS = 2
-SATURATED = 100
+SATURATED = Sized(full=100, gate=100, quick=5)
 """Streams with much to catch up on at once."""
-QUICK_SATURATED = 5
-BACKLOG = 3_000
+BACKLOG = Sized(full=3_000, gate=2_050, quick=300)
 """Lines that each of them has to catch up on."""
-QUICK_BACKLOG = 300
 SLOTS = 16
 """As many as the supervisor of a fleet lets catch up at once."""
 PATIENCE = 300.0
@@ -45,7 +41,7 @@ PATIENCE = 300.0
 def run(plan: Plan) -> Result:
     """Grows the number of streams, then saturates some, without a limit and with it."""
     found: list[Figure] = []
-    sizes = QUICK_STREAMS if plan.quick else STREAMS
+    sizes = plan.sized(STREAMS)
     with contextlib.ExitStack() as stack:
         fleet = _Fleet(plan, stack)
         for streams in sizes:
@@ -58,7 +54,12 @@ def run(plan: Plan) -> Result:
         for name in ("p99", "idle_memory")
     }
     return Result(
-        figures=(*found, figure("fanin.lost", total.lost), figure("fanin.doubled", total.doubled)),
+        figures=(
+            *found,
+            figure("fanin.idle_memory", medians[f"fanin.{sizes[-1]}.idle_memory"]),
+            figure("fanin.lost", total.lost),
+            figure("fanin.doubled", total.doubled),
+        ),
         series=(
             Series(
                 key="fanin.p99",
@@ -85,7 +86,7 @@ class _Fleet:
         self._plan = plan
         self._logs: list[tuple[Agent, str, Path]] = []
         self.tally = Tally()
-        loops = plan.sized(LOOPS, QUICK_LOOPS)
+        loops = plan.sized(STREAMS)[-1] // 2
         repos = [plan.folder / f"fanin-{side}" for side in "ab"]
         logs = [{f"loop-{n}": add_loop(repo, f"loop-{n}", None) for n in range(loops)} for repo in repos]
         agents = [stack.enter_context(Agent(repo, "--max-streams-per-caller", "2000")) for repo in repos]
@@ -97,13 +98,13 @@ class _Fleet:
         """Opens so many streams, looks at them idle, then sends one event a second by each."""
         plan, logs = self._plan, self._logs[:streams]
         places = [Place(server=agent.server, loop=loop, after=self._lines[log]) for agent, loop, log in logs]
-        events = plan.sized(EVENTS, QUICK_EVENTS)
+        events = plan.sized(EVENTS)
         with Worker() as worker:
             plan.say(f"fanin: opening {streams} streams")
             worker.call(followers.warm_up, places[0])
             before = memory(worker.pid)
             opened = worker.call(followers.follow, places)
-            seconds = IDLE_SECONDS / 4 if plan.quick else IDLE_SECONDS
+            seconds = plan.sized(IDLE_SECONDS)
             time.sleep(1.0)  # what opening them has begun comes to rest
             idle = (memory(worker.pid) - before) / streams / 1024
             used = cpu_seconds(worker.pid)
@@ -151,18 +152,14 @@ def _held(
         figure(f"{head}.p50", [quantile(delays, 0.5) for delays in seconds], "ms", text=f"{text}p50 at 1 event/s each"),
         figure(f"{head}.p99", p99s, "ms", text=f"{text}p99 at 1 event/s each"),
     ]
-    if streams == STREAMS[-1]:
-        figures += [
-            figure("fanin.open", opened),
-            figure("fanin.idle_memory", idle),
-            figure("fanin.p99", p99s, noise=differs),
-        ]
+    if streams == MOST:
+        figures += [figure("fanin.open", opened), figure("fanin.p99", p99s, noise=differs)]
     return figures
 
 
 def _saturate(plan: Plan) -> list[Figure]:
     """Peak memory per stream, above a manager that has none, while many streams catch up at once."""
-    streams, lines = plan.sized(SATURATED, QUICK_SATURATED), plan.sized(BACKLOG, QUICK_BACKLOG)
+    streams, lines = plan.sized(SATURATED), plan.sized(BACKLOG)
     log = plan.logs.log("small", lines)
     repo = plan.folder / "fanin-saturated"
     for number in range(streams):

@@ -6,14 +6,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from tools.bench.logs import KINDS
+from tools.bench.plan import Sized
 from tools.bench.results import Result, figure
 
 if TYPE_CHECKING:
     from tools.bench.plan import Plan
     from tools.bench.results import Figure
 
-LINES = 1_000_000
-QUICK_LINES = 2_000
+LINES = Sized(full=1_000_000, quick=2_000)
 
 
 def run(plan: Plan) -> Result:
@@ -21,7 +21,7 @@ def run(plan: Plan) -> Result:
     figures: list[Figure] = []
     notes: dict[str, Any] = {}
     for kind in KINDS:
-        lines = plan.sized(LINES, QUICK_LINES) // (1 if kind == "small" else 10)
+        lines = plan.sized(LINES) // (1 if kind == "small" else 10)
         plan.say(f"gen: {lines:,} lines, {kind}")
         began = time.perf_counter()
         log = plan.logs.log(kind, lines)

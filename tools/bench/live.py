@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tools.bench import calls, floors, followers
 from tools.bench.followers import Place
 from tools.bench.logs import LOOP, add_loop, append
+from tools.bench.plan import Sized
 from tools.bench.processes import Agent, Worker, cpu_seconds, memory
 from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
@@ -24,17 +25,16 @@ if TYPE_CHECKING:
     from tools.bench.plan import Plan
     from tools.bench.results import Figure
 
-FOLLOWERS = (1, 10, 100)
-APPENDS = 40
+MOST = 100
+"""Followers."""
+FOLLOWERS: Sized[tuple[int, ...]] = Sized(full=(1, 10, MOST), gate=(1, MOST), quick=(1, 10, MOST))
+APPENDS = Sized(full=40, gate=20, quick=5)
 """Of one round."""
-QUICK_APPENDS = 5
 GAPS = 0.005, 0.066
 """Seconds between appends: about 28 a second."""
-FLAT_OUT_LINES = 20_000
-QUICK_FLAT_OUT_LINES = 500
-IDLE_SECONDS = 5.0
+FLAT_OUT_LINES = Sized(full=20_000, gate=5_000, quick=500)
+IDLE_SECONDS = Sized(full=5.0, quick=1.0)
 """Twice."""
-QUICK_IDLE_SECONDS = 1.0
 
 
 class _Scene:
@@ -45,7 +45,7 @@ class _Scene:
         self.agent = agent
         self.worker = worker
         self.written = 0
-        self.appends = plan.sized(APPENDS, QUICK_APPENDS)
+        self.appends = plan.sized(APPENDS)
         self._chance = random.Random(f"{plan.seed} gaps")  # noqa: S311  # the same each time
         self.tally = Tally()
 
@@ -90,22 +90,23 @@ class _Scene:
 def run(plan: Plan) -> Result:
     """Few and many followers against a no-op call, a hurried writer, and silence."""
     repo = plan.folder / "live"
+    counts = plan.sized(FOLLOWERS)
     log = add_loop(repo, LOOP, None)
     with Agent(repo, "--max-streams-per-caller", "200") as agent, Worker() as worker, floors.floor() as floor:
         scene = _Scene(plan, log, agent, worker)
-        arms: dict[str, Callable[[], list[float]]] = {f"{count}": partial(scene.paced, count) for count in FOLLOWERS}
+        arms: dict[str, Callable[[], list[float]]] = {f"{count}": partial(scene.paced, count) for count in counts}
         arms["again"] = partial(scene.paced, 1)
         arms["noop"] = lambda: worker.call(calls.noops, floor, [0.0] * scene.appends * 5)
         arms["paced noop"] = lambda: worker.call(calls.noops, floor, scene.gaps())
         rounds = interleaved(plan, "live", arms)
         plan.say("live: a writer that does not pause")
-        lines = plan.sized(FLAT_OUT_LINES, QUICK_FLAT_OUT_LINES)
+        lines = plan.sized(FLAT_OUT_LINES)
         hurried = [scene.flat_out(lines) for _ in range(plan.rounds)]
         plan.say("live: nothing happens, 100 followers")
         idle = _idle(plan, scene)
     return Result(
         figures=(
-            *_latencies(rounds),
+            *_latencies(rounds, counts),
             figure("live.flat_out.p99", [quantile(delays, 0.99) for delays, _ in hurried], noise=_spread_of(hurried)),
             figure(
                 "live.flat_out.p50", [quantile(delays, 0.5) for delays, _ in hurried], "ms", text="live: p50 with it"
@@ -121,14 +122,14 @@ def run(plan: Plan) -> Result:
                 text="live: p50 from append to validated event",
                 across="subscribers",
                 unit="ms",
-                points=tuple((float(n), spread(_medians(rounds[f"{n}"])).median) for n in FOLLOWERS),
+                points=tuple((float(n), spread(_medians(rounds[f"{n}"])).median) for n in counts),
             ),
         ),
     )
 
 
-def _latencies(rounds: dict[str, list[list[float]]]) -> list[Figure]:
-    one, again, most = (_medians(rounds[arm]) for arm in ("1", "again", f"{FOLLOWERS[-1]}"))
+def _latencies(rounds: dict[str, list[list[float]]], counts: tuple[int, ...]) -> list[Figure]:
+    one, again, most = (_medians(rounds[arm]) for arm in ("1", "again", f"{MOST}"))
     noop, paced = (_medians(rounds[arm]) for arm in ("noop", "paced noop"))
     differs = noise(again, one)
     figures = [
@@ -139,7 +140,7 @@ def _latencies(rounds: dict[str, list[list[float]]]) -> list[Figure]:
         figure("live.to_paced_noop", ratios(one, paced), text="live: p50 / no-op unary at the same pace, 1 subscriber"),
         figure("live.a_a", ratios(again, one), text="live: p50, against itself, 1 subscriber"),
     ]
-    for count in FOLLOWERS:
+    for count in counts:
         found = rounds[f"{count}"]
         head, text = f"live.{count}", f"live: %s, {count} subscriber{'s' if count > 1 else ''}"
         figures.append(figure(f"{head}.p50", _medians(found), "ms", text=text % "p50"))
@@ -160,10 +161,9 @@ def _spread_of(hurried: list[tuple[list[float], float]]) -> float:
 
 def _idle(plan: Plan, scene: _Scene) -> list[Figure]:
     """What an agent uses that has many followers and nothing to tell them."""
-    scene.follow(FOLLOWERS[-1])
+    scene.follow(MOST)
     time.sleep(1.0)  # what opening them has begun comes to rest
-    seconds = QUICK_IDLE_SECONDS if plan.quick else IDLE_SECONDS
-    first, second = (_use(scene.agent.pid, seconds) for _ in range(2))
+    first, second = (_use(scene.agent.pid, plan.sized(IDLE_SECONDS)) for _ in range(2))
     held = memory(scene.agent.pid)
     scene.worker.call(followers.unfollow)
     return [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tools.bench.floors import BATCH_LINES
 from tools.bench.logs import KINDS
+from tools.bench.plan import Sized
 from tools.bench.results import Result, figure
 from tools.bench.rounds import interleaved
 from tools.bench.steps import Steps
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
     from tools.bench.plan import Plan
 
-BATCHES = 20
-QUICK_BATCHES = 2
+BATCHES = Sized(full=20, quick=2)
 _IMPORTED = "import sys, opsmgr.client, sprite_agent.face.server; print('jsonschema' in sys.modules)"
 
 
@@ -29,7 +29,7 @@ def run(plan: Plan) -> Result:
     """Every step over the same batches, in random order."""
     figures = []
     for kind in KINDS:
-        lines = plan.sized(BATCHES, QUICK_BATCHES) * BATCH_LINES
+        lines = plan.sized(BATCHES) * BATCH_LINES
         steps = Steps(plan.logs.log(kind, lines).path.read_bytes()).by_name()
         rounds = interleaved(plan, f"micro {kind}", {name: partial(_cost, step, lines) for name, step in steps.items()})
         for name, costs in rounds.items():

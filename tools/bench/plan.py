@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import StrEnum
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,8 +13,36 @@ if TYPE_CHECKING:
     from tools.bench.logs import LogStore
     from tools.bench.reference import Adapters
 
-ROUNDS = 7
-QUICK_ROUNDS = 2
+_T = TypeVar("_T")
+
+
+class Size(StrEnum):
+    """How much a run does."""
+
+    QUICK = "quick"
+    """Only to see that everything works: the figures say nothing."""
+    GATE = "gate"
+    """What CI can wait for: enough for what has a margin, too little for a verdict."""
+    FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sized(Generic[_T]):
+    """One amount, for each size of a run."""
+
+    full: _T
+    quick: _T
+    gate: _T | None = None
+    """None: no gate hangs on it, so that it is as small as in a quick run."""
+
+    def at(self, size: Size) -> _T:
+        """The amount for a run of this size."""
+        if size is Size.FULL:
+            return self.full
+        return self.quick if size is Size.QUICK or self.gate is None else self.gate
+
+
+ROUNDS = Sized(full=7, gate=5, quick=2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +51,7 @@ class Plan:
 
     seed: int
     """Of logs, orders and gaps: a run with the same one does the same in the same order."""
-    quick: bool
-    """Only to see that everything works: the figures say nothing."""
+    size: Size
     folder: Path
     """For everything that is written; gone after the run."""
     logs: LogStore
@@ -35,8 +63,8 @@ class Plan:
     @property
     def rounds(self) -> int:
         """How many times each arm is taken."""
-        return QUICK_ROUNDS if self.quick else ROUNDS
+        return self.sized(ROUNDS)
 
-    def sized(self, full: int, quick: int) -> int:
-        """The size for this run."""
-        return quick if self.quick else full
+    def sized(self, amount: Sized[_T]) -> _T:
+        """The amount for this run."""
+        return amount.at(self.size)

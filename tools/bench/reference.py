@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tools.bench.logs import LOOP, add_loop
+from tools.bench.plan import Sized
 from tools.bench.results import Result, figure
 from tools.bench.rounds import interleaved
 
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
     from tools.bench.plan import Plan
 
-EVENTS = 20
-QUICK_EVENTS = 2
+EVENTS = Sized(full=20, quick=2)
 TIMEOUT = 120.0
 """Seconds for one start of a script."""
 
@@ -62,7 +62,7 @@ def run(plan: Plan) -> Result:
     adapters = plan.adapters
     if adapters is None:
         raise ReferenceMissing("reference needs --reference DIR, a checkout of the existing adapters")
-    events = plan.sized(EVENTS, QUICK_EVENTS)
+    events = plan.sized(EVENTS)
     repo = plan.folder / "reference"
     add_loop(repo, LOOP, plan.logs.log("small", events))
     where = ["--repo", str(repo), "--loop", LOOP]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tools.bench import floors, readers
 from tools.bench.logs import KINDS, add_loop
+from tools.bench.plan import Sized
 from tools.bench.processes import Agent, Worker, cpu_seconds, peak_memory
 from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from tools.bench.processes import Server
     from tools.bench.results import Figure
 
-LINES: dict[Kind, int] = {"small": 40_000, "mix": 20_000}
-QUICK_LINES = 1_000
-GROWTH = (1_000, 10_000, 100_000)
-QUICK_GROWTH = (100, 1_000)
-LONG = 1_000_000
-QUICK_LONG = 2_000
+LINES: dict[Kind, Sized[int]] = {
+    "small": Sized(full=40_000, gate=20_000, quick=1_000),
+    "mix": Sized(full=20_000, gate=10_000, quick=1_000),
+}
+GROWTH: Sized[tuple[int, ...]] = Sized(full=(1_000, 10_000, 100_000), quick=(100, 1_000))
+LONG = Sized(full=1_000_000, gate=200_000, quick=2_000)
 GROWTH_ROUNDS = 3
 PATIENCE = 300.0
 """Seconds for one replay."""
@@ -67,7 +68,7 @@ def run(plan: Plan) -> Result:
 
 
 def _against_floors(plan: Plan, kind: Kind) -> tuple[list[Figure], Tally]:
-    log = plan.logs.log(kind, plan.sized(LINES[kind], QUICK_LINES))
+    log = plan.logs.log(kind, plan.sized(LINES[kind]))
     repo = plan.folder / f"replay-{kind}"
     add_loop(repo, kind, log)
     with Agent(repo) as agent, Worker() as worker, floors.floor() as floor:
@@ -144,8 +145,8 @@ def _relay(worker: Worker, floor: Server, log: Log) -> _Sample:
 def _growth(plan: Plan) -> tuple[list[Figure], Series, Tally]:
     """CPU per event by the length of the log; the longest is read while another reader stalls."""
     repo = plan.folder / "replay-growth"
-    logs = {f"l{lines}": plan.logs.log("small", lines) for lines in (QUICK_GROWTH if plan.quick else GROWTH)}
-    long = plan.logs.log("small", plan.sized(LONG, QUICK_LONG))
+    logs = {f"l{lines}": plan.logs.log("small", lines) for lines in plan.sized(GROWTH)}
+    long = plan.logs.log("small", plan.sized(LONG))
     for loop, log in {**logs, "long": long}.items():
         add_loop(repo, loop, log)
     with Agent(repo) as agent, Worker() as worker, Worker() as stalled:

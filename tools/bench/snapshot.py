@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tools.bench import calls, floors
 from tools.bench.logs import add_loop
+from tools.bench.plan import Sized
 from tools.bench.processes import Agent, Worker
 from tools.bench.results import Result, Series, figure
 from tools.bench.rounds import interleaved
@@ -15,11 +16,11 @@ from tools.bench.spreads import noise, quantile, ratios, spread
 if TYPE_CHECKING:
     from tools.bench.plan import Plan
 
-LINES = 100, 1_000_000
-QUICK_LONG = 2_000
-CALLS = 50
+SHORT = 100
+"""Lines, as the next."""
+LONG = Sized(full=1_000_000, gate=100_000, quick=2_000)
+CALLS = Sized(full=50, gate=50, quick=5)
 """Of each kind in a round."""
-QUICK_CALLS = 5
 NAMES = {
     "short": "GetSnapshot at 100 lines",
     "long": "GetSnapshot on the long log",
@@ -31,7 +32,7 @@ NAMES = {
 
 def run(plan: Plan) -> Result:
     """All calls by raw stubs, in random order; each round gives the median of each."""
-    short, long = (plan.logs.log("small", lines) for lines in (LINES[0], plan.sized(LINES[1], QUICK_LONG)))
+    short, long = (plan.logs.log("small", lines) for lines in (SHORT, plan.sized(LONG)))
     repo = plan.folder / "snapshot"
     add_loop(repo, "short", short)
     add_loop(repo, "long", long)
@@ -40,7 +41,7 @@ def run(plan: Plan) -> Result:
         token = worker.call(calls.token_after, agent.server, "long", long.lines - 1)
 
         def one_round() -> dict[str, float]:
-            order = [*NAMES, "short again", "noop again"] * plan.sized(CALLS, QUICK_CALLS)
+            order = [*NAMES, "short again", "noop again"] * plan.sized(CALLS)
             chance.shuffle(order)
             where = long.lines - 1, token
             found = worker.call(calls.reads, agent.server, floor, ("short", "long"), where, order)
