@@ -18,6 +18,7 @@ from tools.bench.logs import LogStore
 from tools.bench.measuring import BENCHMARKS
 from tools.bench.plan import Plan, Size
 from tools.bench.results import Result, figure
+from tools.bench.spreads import spread
 from tools.bench.targets import TARGETS, Target
 
 if TYPE_CHECKING:
@@ -50,8 +51,22 @@ def test_a_margin_lets_a_figure_miss_its_bound_so_many_times(
 ) -> None:
     target = Target(key="replay.k", text="", relation=relation, bound=10, margin=margin)
 
-    assert target.keeps_gate(kept)
-    assert not target.keeps_gate(broken)
+    assert target.keeps_gate(spread([kept]))
+    assert not target.keeps_gate(spread([broken]))
+
+
+def test_rounds_that_were_disturbed_break_no_gate_but_those_that_all_got_worse_do() -> None:
+    target = Target(key="live.k", text="p50", relation="<=", bound=6, margin=2)
+
+    assert target.keeps_gate(spread([5, 6, 19, 20, 108]))
+    assert not target.keeps_gate(spread([12, 13, 13, 14, 14]))
+    assert str(Gate(target=target, found=spread([12, 13, 13.5, 14, 14]))) == (
+        "live.k (p50): 13.5 (13 to 14); its gate is <= 12"
+    )
+
+
+def test_no_round_may_lose_a_line() -> None:
+    assert not Target(key="live.k", text="", relation="==", bound=0, margin=1).keeps_gate(spread([0, 0, 0, 1]))
 
 
 def test_a_gate_is_worded_with_its_margin_and_a_target_without_margin_has_none() -> None:
@@ -63,7 +78,9 @@ def test_a_gate_is_worded_with_its_margin_and_a_target_without_margin_has_none()
 def test_a_broken_gate_is_told_with_figure_value_and_bound() -> None:
     target = Target(key="live.lost", text="live: lines lost", relation="==", bound=0, unit="lines", margin=1)
 
-    assert str(Gate(target=target, value=3)) == "live.lost (live: lines lost): 3 lines; its gate is == 0 lines"
+    assert (
+        str(Gate(target=target, found=spread([3]))) == "live.lost (live: lines lost): 3 lines; its gate is == 0 lines"
+    )
 
 
 def test_a_gate_whose_figure_was_not_measured_is_broken() -> None:

@@ -89,7 +89,7 @@ def main(
 
     Without WHAT: all of them, or with --gate those that have gates. Each verdict is met, missed,
     or not resolved: the target lies where the same code, measured twice, may differ. A gate is
-    a target with a margin that noise can't use up.
+    a target with a margin that noise can't use up; the better quartile of the rounds must keep it.
 
     Exits with 0 when everything was measured, whatever the verdicts; 1 when a benchmark failed
     (the others' figures are told all the same) or, with --gate, a gate is broken; 64 when it was
@@ -130,16 +130,20 @@ def main(
         from tools.bench import chart  # noqa: PLC0415  # takes a second to load
 
         chart.draw(found, chart_file)
-    complaints = [f"{name} failed: {failure}" for name, failure in found.failures.items()]
-    if size == Size.GATE:
-        kept = [gate for name, result in found.results.items() for gate in gates(name, result)]
-        complaints += [f"gate broken: {gate}" for gate in kept if not gate.kept]
-    if complaints:
+    if complaints := _complaints(found):
         raise Complaints("\n".join(complaints))
 
 
 class Complaints(Exception):
     """The report is out, and not everything in it is as it should be; a line for each."""
+
+
+def _complaints(found: report.Report) -> list[str]:
+    failures = [f"{name} failed: {failure}" for name, failure in found.failures.items()]
+    if found.size is not Size.GATE:
+        return failures
+    judged = [gate for name, result in found.results.items() for gate in gates(name, result)]
+    return failures + [f"gate broken: {gate}" for gate in judged if not gate.kept]
 
 
 def _end(number: int, _frame: FrameType | None) -> Any:

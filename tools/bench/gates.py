@@ -10,6 +10,7 @@ from tools.bench.targets import TARGETS
 
 if TYPE_CHECKING:
     from tools.bench.results import Result
+    from tools.bench.spreads import Spread
     from tools.bench.targets import Target
 
 GATED = tuple(dict.fromkeys(target.benchmark for target in TARGETS if target.margin is not None))
@@ -21,24 +22,31 @@ class Gate:
     """One gate after a run."""
 
     target: Target
-    value: float | None
+    found: Spread | None
     """None: it was not measured, which is no way to pass."""
 
     @property
     def kept(self) -> bool:
         """Whether what was measured passes."""
-        return self.value is not None and self.target.keeps_gate(self.value)
+        return self.found is not None and self.target.keeps_gate(self.found)
 
     def __str__(self) -> str:
-        found = "not measured" if self.value is None else f"{number(self.value)} {self.target.unit}".rstrip()
-        return f"{self.target.key} ({self.target.text}): {found}; its gate is {self.target.gate}"
+        return f"{self.target.key} ({self.target.text}): {self._worded()}; its gate is {self.target.gate}"
+
+    def _worded(self) -> str:
+        if self.found is None:
+            return "not measured"
+        words = f"{number(self.found.median)} {self.target.unit}".rstrip()
+        if len(self.found.values) > 1:
+            words += " ({} to {})".format(*map(number, self.found.quartiles))
+        return words
 
 
 def gates(name: str, result: Result) -> list[Gate]:
     """All gates of the benchmark of that name."""
-    medians = {figure.key: figure.spread.median for figure in result.figures}
+    spreads = {figure.key: figure.spread for figure in result.figures}
     return [
-        Gate(target=target, value=medians.get(target.key))
+        Gate(target=target, found=spreads.get(target.key))
         for target in TARGETS
         if target.benchmark == name and target.margin is not None
     ]

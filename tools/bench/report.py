@@ -95,7 +95,7 @@ def _figure(figure: Figure, size: Size) -> dict[str, Any]:
         told["noise"] = figure.noise
         told["verdict"] = figure.verdict if size is Size.FULL else None
         if size is Size.GATE and figure.target.margin is not None:
-            told["gate"] = {"margin": figure.target.margin, "kept": figure.target.keeps_gate(figure.spread.median)}
+            told["gate"] = {"margin": figure.target.margin, "kept": figure.target.keeps_gate(figure.spread)}
     return told
 
 
@@ -128,7 +128,7 @@ def _judgement(figure: Figure, size: Size) -> tuple[str, str]:
     if target is None:
         return "", ""
     if size is Size.GATE:
-        return target.gate, ("kept" if target.keeps_gate(figure.spread.median) else "broken") if target.gate else ""
+        return target.gate, ("kept" if target.keeps_gate(figure.spread) else "broken") if target.gate else ""
     return str(target), figure.verdict or "" if size is Size.FULL else ""
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHORT = 100
 """Lines, as the next."""
 LONG = Sized(full=1_000_000, gate=100_000, quick=2_000)
-CALLS = Sized(full=50, gate=50, quick=5)
+CALLS = Sized(full=50, gate=30, quick=5)
 """Of each kind in a round."""
 NAMES = {
     "short": "GetSnapshot at 100 lines",
