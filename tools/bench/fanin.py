@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from tools.bench import followers
+from tools.bench import floors, followers
 from tools.bench.followers import Place
 from tools.bench.logs import add_loop, append
 from tools.bench.plan import Sized
@@ -47,6 +47,7 @@ def run(plan: Plan) -> Result:
         for streams in sizes:
             found += fleet.hold(streams)
         total = fleet.tally
+    found += _bare(plan, sizes[-1])
     found += _saturate(plan)
     medians = {figure.key: figure.spread.median for figure in found}
     by_streams = {
@@ -56,6 +57,11 @@ def run(plan: Plan) -> Result:
     return Result(
         figures=(
             *found,
+            figure(
+                "fanin.open_to_bare",
+                medians[f"fanin.{sizes[-1]}.open"] / medians["fanin.bare.open"],
+                text=f"{sizes[-1]} streams: open all / as many bare ones",
+            ),
             figure("fanin.idle_memory", medians[f"fanin.{sizes[-1]}.idle_memory"]),
             figure("fanin.lost", total.lost),
             figure("fanin.doubled", total.doubled),
@@ -155,6 +161,19 @@ def _held(
     if streams == MOST:
         figures += [figure("fanin.open", opened), figure("fanin.p99", p99s, noise=differs)]
     return figures
+
+
+def _bare(plan: Plan, streams: int) -> list[Figure]:
+    """What the same gRPC takes to open as many streams and to carry one message a second by each, and no more."""
+    plan.say(f"fanin: {streams} bare streams")
+    with floors.floor() as one, floors.floor() as other, Worker() as worker:
+        held = worker.call(floors.beats, [one, other], streams, plan.sized(EVENTS), patience=PATIENCE)
+    text = f"{streams} bare streams: "
+    return [
+        figure("fanin.bare.open", held.opened, "s", text=f"{text}open all"),
+        figure("fanin.bare.p50", quantile(held.delays, 0.5), "ms", text=f"{text}p50 at 1 message/s each"),
+        figure("fanin.bare.p99", quantile(held.delays, 0.99), "ms", text=f"{text}p99 at 1 message/s each"),
+    ]
 
 
 def _saturate(plan: Plan) -> list[Figure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import statistics
 import time
@@ -18,11 +19,12 @@ from sprite_agent.face.server import OPTIONS, THREADS
 from tools.bench.processes import Server, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
 SERVICE = "bench.Floor"
 NOOP = f"/{SERVICE}/Noop"
 RELAY = f"/{SERVICE}/Relay"
+BEAT = f"/{SERVICE}/Beat"
 BATCH_LINES = 200
 BATCH_BYTES = 128 * 1024
 """A batch of the relay ends with whichever comes first, as the agent's do."""
@@ -56,6 +58,7 @@ async def _serve() -> int:
     handlers: dict[str, Any] = {
         "Noop": grpc.unary_unary_rpc_method_handler(_noop),
         "Relay": grpc.unary_stream_rpc_method_handler(_relay),
+        "Beat": grpc.unary_stream_rpc_method_handler(_beat),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -82,6 +85,46 @@ async def _relay(request: bytes, _context: grpc.aio.ServicerContext[Any, Any]) -
                 batch.clear()
                 size = 0
     yield b"".join(batch)
+
+
+async def _beat(request: bytes, _context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+    """At once and then each second a message as large as one event, with the time at which it was made."""
+    phase = float(request)
+    while True:
+        yield b"%-360d" % time.monotonic_ns()
+        await asyncio.sleep(phase or 1.0)
+        phase = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beats:
+    """Many bare streams, each over a channel of its own."""
+
+    opened: float
+    """Seconds until each had its first message."""
+    delays: list[float]
+    """Milliseconds that each later message took."""
+
+
+async def beats(servers: Sequence[Server], streams: int, seconds: int) -> Beats:
+    """Holds so many streams, spread over the servers, for so long. Runs in a worker."""
+    delays: list[float] = []
+    began, first = time.perf_counter(), []
+
+    async def hold(number: int) -> None:
+        target = servers[number % len(servers)]
+        async with grpc.aio.insecure_channel(target.address, options=CHANNEL_OPTIONS) as channel:
+            beat: Any = channel.unary_stream(BEAT)
+            call = beat(b"%f" % (1 + number / streams), metadata=target.metadata)
+            await call.read()
+            first.append(time.perf_counter() - began)
+            for _ in range(seconds):
+                made = int(await call.read())
+                delays.append((time.monotonic_ns() - made) / 1e6)
+            call.cancel()
+
+    await asyncio.gather(*(hold(number) for number in range(streams)))
+    return Beats(opened=max(first), delays=delays)
 
 
 async def relay_once(server: Server, log: Path) -> Relayed:
