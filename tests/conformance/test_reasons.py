@@ -33,7 +33,7 @@ from sprite_agent.contract.error_details import (
 )
 from sprite_agent.contract.proofs import TrustedKey
 from sprite_agent.contract.signatures import SIGNATURE_KEY, Signer
-from sprite_agent.control import executions
+from sprite_agent.control import executors
 from sprite_agent.errors import BY_REASON
 from sprite_agent.face.credential_text import keys_text
 from sprite_agent.face.replay import Replays
@@ -378,7 +378,7 @@ async def _(world: World) -> OpsError:
 async def _(world: World) -> OpsError:
     world.repo.ask_approval()
     dies = script(world.folder / "dies", "exit 1")
-    world.monkeypatch.setattr(executions, "EXECUTOR", (dies,))
+    world.monkeypatch.setattr(executors, "EXECUTOR", (dies,))
     async with world.serving() as stub:
         return await world.control(stub)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprite_agent.contract.json_text import open_object
 from sprite_agent.contract.streaming import EventQuery
 from support.following import Follower
 from support.history import EventHistory, assert_prefix
@@ -32,8 +33,8 @@ async def seen(transport: LocalTransport, repo: LoopFiles) -> list[EventBatch]:
 
 def altered(events: list[Any]) -> None:
     """Changes the text of an event."""
-    raw = events[1]["event"]["raw"]
-    raw.text = raw.text.replace("2", "5")
+    told = events[1]["event"]
+    told["raw"] = open_object(told["raw"], told["raw"].text.replace("2", "5"))
 
 
 async def test_a_history_that_is_the_log_is_right_whole_and_in_part(local: LocalTransport, repo: LoopFiles) -> None:

@@ -212,7 +212,7 @@ async def test_a_peer_that_vanishes_is_noticed_on_both_sides_and_nothing_of_it_i
                 await following.next()
                 proxy.silent_up, proxy.silent_down = up, down
                 followings.append(following)
-            assert descriptors(address, repo.log) == 2 * len(ways)
+            await seconds_until(lambda: descriptors(address, repo.log) == len(ways) + 1, "one log is open for all")
 
             agent, *managers = await asyncio.gather(
                 seconds_until(lambda: descriptors(address, repo.log) == 0, "the agent has closed what it held"),

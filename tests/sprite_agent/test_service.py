@@ -631,8 +631,8 @@ async def test_of_a_bug_in_a_stream_a_peer_learns_an_id_that_finds_its_text_in_t
     repo.append(line(event()))
     whole = Repo.stream_events
 
-    async def breaking(core: Repo, query: Any) -> Any:
-        async for batch in whole(core, query):
+    async def breaking(core: Repo, query: Any, *, raw: bool) -> Any:
+        async for batch in whole(core, query, raw=raw):
             yield batch
         raise BUG
 

@@ -51,7 +51,7 @@ class StreamEnd:
         return self._max_age * random.uniform(0.9, 1.0)  # noqa: S311  # spreads load, guards nothing
 
 
-async def stream_events(
+def stream_events(
     log: EventLog, query: EventQuery, *, raw: bool, repo: Path, workers: Workers, tails: Tails, end: StreamEnd
 ) -> AsyncGenerator[EventBatch]:
     """The batches of one subscription, of raw events where `raw`: the first at once, with or without events.
@@ -65,14 +65,7 @@ async def stream_events(
             this log.
         CursorInvalid, ResumeTokenInvalid, RequestInvalid, LoopNotFound, EventsNotFound, ArtifactNotRegular
     """
-    stream = _Stream(log, query, str(repo), end, raw=raw)
-    try:
-        async with contextlib.aclosing(stream.batches(workers, tails)) as batches:
-            with contextlib.suppress(StopAsyncIteration):
-                while True:
-                    yield await anext(batches)
-    finally:
-        stream.close()
+    return _Stream(log, query, str(repo), end, raw=raw).batches(workers, tails)
 
 
 class _Stream:
@@ -121,13 +114,14 @@ class _Stream:
 
     async def batches(self, workers: Workers, tails: Tails) -> AsyncGenerator[EventBatch]:
         """Batches until the query is satisfied."""
-        async with contextlib.aclosing(self._open(workers)) as beats:
-            async for beat in beats:
-                yield beat
-        if self._opened is None:
-            return
-        tail: Tail | None = None
         with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            async with contextlib.aclosing(self._open(workers)) as beats:
+                async for beat in beats:
+                    yield beat
+            if self._opened is None:
+                return
+            tail: Tail | None = None
             turn = 0
             while not self._is_over():
                 async with contextlib.aclosing(self._read(workers)) as batches:
