@@ -35,8 +35,8 @@ GAPS = Sized(full=(0.005, 0.066), gate=(0.04, 0.06), quick=(0.005, 0.066))
 things to do, a hundred followers would get behind, and what is measured then is a queue.
 """
 FLAT_OUT_LINES = Sized(full=20_000, gate=5_000, quick=500)
-IDLE_SECONDS = Sized(full=5.0, quick=1.0)
-"""Twice."""
+IDLE_SECONDS = Sized(full=10.0, quick=1.0)
+"""Twice: each as long as one heartbeat of every follower."""
 
 
 class _Scene:
@@ -165,7 +165,7 @@ def _spread_of(hurried: list[tuple[list[float], float]]) -> float:
 def _idle(plan: Plan, scene: _Scene) -> list[Figure]:
     """What an agent uses that has many followers and nothing to tell them."""
     scene.follow(MOST)
-    time.sleep(1.0)  # what opening them has begun comes to rest
+    time.sleep(3.0)  # what opening them has begun comes to rest, and the log has been read again since it changed
     first, second = (_use(scene.agent.pid, plan.sized(IDLE_SECONDS)) for _ in range(2))
     held = memory(scene.agent.pid)
     scene.worker.call(followers.unfollow)

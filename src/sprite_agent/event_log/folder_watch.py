@@ -19,6 +19,10 @@ POLL_WITH_INOTIFY = 1.0
 """Seconds. Network and overlay file systems may not report every change."""
 POLL_ALONE = 0.1
 """Seconds, where there is no inotify."""
+_BETWEEN_READS = 0.001
+"""Seconds between two looks at what has changed."""
+_OVERFLOW = -1
+"""What changed when the system could keep no more: it may have been anything."""
 
 
 class FolderWatch:
@@ -66,7 +70,7 @@ class FolderWatch:
             if self._inotify is None:
                 self._inotify = INotify(nonblocking=True)
                 self._loop = asyncio.get_running_loop()
-                self._loop.add_reader(self._inotify.fileno(), self._wake)
+                self._listen()
             # By its descriptor: a path could lead elsewhere by now.
             watch = int(self._inotify.add_watch(f"/proc/self/fd/{folder}", mask))
         except OSError:
@@ -85,11 +89,22 @@ class FolderWatch:
                 self._inotify.rm_watch(watch)
 
     def _wake(self) -> None:
+        """Tells who watches what has changed, and looks again in a while only: an append may come every 20 us.
+
+        Meanwhile the system keeps equal events as one.
+        """
         if self._inotify is None:
             return
-        for watch in {event.wd for event in self._inotify.read(timeout=0)}:
+        self._loop.remove_reader(self._inotify.fileno())
+        self._loop.call_later(_BETWEEN_READS, self._listen)
+        changed = {event.wd for event in self._inotify.read(timeout=0)}
+        for watch in self._followers if _OVERFLOW in changed else changed:
             for changes in self._followers.get(watch, ()):
                 changes.notice()
+
+    def _listen(self) -> None:
+        if self._inotify is not None:
+            self._loop.add_reader(self._inotify.fileno(), self._wake)
 
 
 class Changes:

@@ -43,8 +43,8 @@ UNSURE_PAUSE = 0.1
 """Seconds between looks at a log that was not yet read again since it last changed."""
 SETTLED_PAUSE = 1.0
 """Seconds until the times of a file tell whether it was changed since; a small log is read again with each look."""
-_LITTLE = 16 * 1024
-"""Bytes: reading and judging them takes less than a millisecond, whatever they hold."""
+_LITTLE = 64 * 1024
+"""Bytes: reading and judging them takes a millisecond or two, whatever they hold."""
 _MAX_KEPT = 4 * 1024 * 1024
 """Bytes of records in the window, about."""
 _MAX_PORTIONS = 4096
