@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from sprite_agent.contract.streaming import EventQuery
-from sprite_agent.event_log.log import EventLog, LogReader
+from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.reader import LogReader
 from support.following import Follower
 from support.repos import LOOP, event, line, lines
 from support.waiting import DEADLINE

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from sprite_agent.artifacts import ArtifactFiles
 from sprite_agent.errors import PositionLost
 from sprite_agent.event_log import index as log_index
-from sprite_agent.event_log import log as event_log
 from sprite_agent.event_log import newest, records, rereading, resume
+from sprite_agent.event_log import reader as log_reader
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.pieces import Pace, finished
 from sprite_agent.event_log.records import judged
@@ -57,7 +57,7 @@ torn = st.sampled_from([b"", b'{"torn', b" ", b"{"])
 def small_limits() -> Iterator[None]:
     """Has logs read in small pieces and records end soon, so that a short log is a long one."""
     with (
-        patch.object(event_log, "CHUNK", 50),
+        patch.object(log_reader, "CHUNK", 50),
         patch.object(log_index, "CHUNK", 50),
         patch.object(rereading, "CHUNK", 50),
         patch.object(resume, "_FAR", 30),

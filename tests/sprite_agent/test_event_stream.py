@@ -28,8 +28,8 @@ from sprite_agent.errors import (
     ResumeTokenInvalid,
 )
 from sprite_agent.event_log.folder_watch import FolderWatch
-from sprite_agent.event_log.log import LogReader
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.reader import LogReader
 from sprite_agent.event_log.records import MAX_RECORD_BYTES
 from sprite_agent.repo import Repo
 from support.following import Follower

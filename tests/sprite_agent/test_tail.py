@@ -13,7 +13,7 @@ import pytest
 from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import EventMalformed
-from sprite_agent.event_log import newest, tail
+from sprite_agent.event_log import newest, window
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.repo import Repo
@@ -178,7 +178,7 @@ async def test_a_burst_comes_in_batches_of_bounded_size(repo: Repo, loop: LoopFi
 async def test_a_reader_too_slow_for_the_window_misses_nothing(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    monkeypatch.setattr(tail, "_MAX_KEPT", kept)
+    monkeypatch.setattr(window, "_MAX_KEPT", kept)
     monkeypatch.setattr(newest, "_MAX_KEPT", 4 * kept)
     async with following(repo, loop, 2) as (quick, slow):
         for number in range(3, 60):

@@ -9,7 +9,8 @@ from sprite_agent.event_log.records import RecordReader, judged
 from support.repos import event, line
 
 if TYPE_CHECKING:
-    from sprite_agent.event_log.log import EventLog, LogReader
+    from sprite_agent.event_log.log import EventLog
+    from sprite_agent.event_log.reader import LogReader
     from sprite_agent.event_log.records import Record
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from sprite_agent.event_log.log import EventLog, LogReader
+    from sprite_agent.event_log.log import EventLog
+    from sprite_agent.event_log.reader import LogReader
     from sprite_agent.snapshot import LoopReading
 
 _DECISIONS = frozenset({"approval_decision", "approval_consumed", "approval_rejected", "loop_complete"})

@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import EventEnvelope
     from sprite_agent.contract.streaming import EventQuery, RawEvent
     from sprite_agent.event_log.index import LogView
-    from sprite_agent.event_log.log import EventLog, LogReader
+    from sprite_agent.event_log.log import EventLog
     from sprite_agent.event_log.pieces import Steps
+    from sprite_agent.event_log.reader import LogReader
     from sprite_agent.event_log.records import Record
     from sprite_agent.event_log.tail import Tail, Tails
     from sprite_agent.event_log.workers import Workers
 
+_BEAT, _ROUNDED_FROM = 0.25, 2.0
+"""Seconds: heartbeats are due at multiples of the first where they are further apart than the second, so that the agent
+is woken once for many streams, not once for each."""
 _LOSSES, _LOSS_PAUSE = 10, 0.025
 """How often a follower looks for a log that is gone or too short before it says so, and seconds in between."""
 
@@ -222,7 +226,10 @@ class _Stream:
 
     def _silence(self) -> float:
         """Seconds until something is to be said, were it only that there is nothing."""
-        return self._heard_at + self._query.heartbeat_interval - time.monotonic()
+        due = self._heard_at + self._query.heartbeat_interval
+        if self._query.heartbeat_interval > _ROUNDED_FROM:
+            due -= due % _BEAT
+        return due - time.monotonic()
 
     def _patience(self) -> float:
         """Seconds to wait for what comes."""

@@ -1,7 +1,7 @@
 """The end of a log, looked at once for all who follow it: each record is read, judged and checked for the first only.
 
-A window of what has come last is kept, from which each follower takes at its own pace.
-Whoever is too slow for it, or meets anything out of the ordinary (a malformed record, a
+A window of what has come last is kept (`window`), from which each follower takes at its own
+pace. Whoever is too slow for it, or meets anything out of the ordinary (a malformed record, a
 log that is gone or another one), reads for itself.
 """
 
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import math
 import time
-from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
-from sprite_agent.contract.streaming import EventBatch
 from sprite_agent.errors import ContractError, OpsError
 from sprite_agent.event_log.index import READ_AGAIN_AT_ONCE
-from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.event_log.pieces import goes_on
 from sprite_agent.event_log.records import value_of
+from sprite_agent.event_log.window import Checked, Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +31,7 @@ if TYPE_CHECKING:
     from sprite_agent.event_log.log import EventLog, LogStamp
     from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.pieces import Steps
-    from sprite_agent.event_log.records import Position
+    from sprite_agent.event_log.window import News
     from sprite_agent.event_log.workers import Workers
 
 QUIET_PAUSE = 0.002
@@ -45,37 +42,6 @@ SETTLED_PAUSE = 1.0
 """Seconds until the times of a file tell whether it was changed since; a small log is read again with each look."""
 _LITTLE = 64 * 1024
 """Bytes: reading and judging them takes a millisecond or two, whatever they hold."""
-_MAX_KEPT = 4 * 1024 * 1024
-"""Bytes of records in the window, about."""
-_MAX_PORTIONS = 4096
-
-
-class Checked(NamedTuple):
-    """A portion of the log, ready to be sent."""
-
-    start: int
-    """The offset it begins at."""
-    end: Position
-    token: str
-    """The resume token for its end."""
-    events: list[RawEvent] | None
-    """None: a record in it is malformed."""
-    size: int
-    """Bytes of its records."""
-
-
-class News(NamedTuple):
-    """What stands in the window from one portion on, as much of it as a batch may have."""
-
-    next_number: int
-    """Number of the portion after it; that of the first itself where there is none yet."""
-    end: Position | None
-    token: str
-    """The resume token for its end; of no meaning where there is none yet."""
-    at_end: bool
-    """Whether it reaches to the end of the log."""
-    batch: EventBatch | None
-    """Of raw events, for all who are at the same place; None: there are none in it."""
 
 
 class Tails:
@@ -122,14 +88,7 @@ class Tail:
         self._source = source
         self._folders = folders
         self._workers = workers
-        self._window: deque[Checked] = deque()
-        self._first = 0
-        """Number of the first portion in the window; they are counted from the tail's beginning."""
-        self._places: dict[int, int] = {}
-        """Numbers of the portions by the offset they begin at, that of the next one included."""
-        self._kept = 0
-        self._made: dict[int, News] = {}
-        """Since the last turn, by the number of the first portion."""
+        self._window = Window()
         self._reread_at = -math.inf
         self._seen: LogView | None = None
         """What the look that is under way has found; and what of it was checked, and how many portions were not."""
@@ -151,7 +110,6 @@ class Tail:
     def wake(self) -> None:
         """Has every follower look at the tail."""
         self.turn += 1
-        self._made.clear()
         for woken in self._waiting:
             if not woken.done():
                 woken.set_result(None)
@@ -176,52 +134,11 @@ class Tail:
         """The number of the portion that begins at an offset of the log as `view` saw it; None: there is none."""
         if self.view is None or self.view.identity != view.identity:
             return None
-        return self._places.get(offset)
+        return self._window.number_at(offset)
 
     def news(self, number: int) -> News | None:
         """What there is from the portion of that number on; None: it is gone, or can't be sent as it is."""
-        if self.view is None or number < self._first:
-            return None
-        made = self._made.get(number)
-        if made is None or (made.batch is not None and made.batch.emitted_at != clock.now()):
-            portions = self._portions(number)
-            if portions is None:
-                return None
-            made = self._made[number] = self._news(self.view, number, portions)
-        return made
-
-    def _portions(self, number: int) -> list[Checked] | None:
-        found: list[Checked] = []
-        events, size = 0, 0
-        for portion in itertools.islice(self._window, number - self._first, None):
-            if portion.events is None:
-                return found or None
-            events += len(portion.events)
-            size += portion.size
-            if found and (events > MAX_BATCH_EVENTS or size > MAX_BATCH_BYTES):
-                break
-            found.append(portion)
-        return found
-
-    def _news(self, view: LogView, number: int, portions: list[Checked]) -> News:
-        following = number + len(portions)
-        at_end = not self._unchecked and following == self._first + len(self._window)
-        if not portions:
-            return News(following, None, "", at_end, None)
-        end, token = portions[-1].end, portions[-1].token
-        raw_events = [event for portion in portions for event in portion.events or ()]
-        batch = None
-        if raw_events:
-            batch = EventBatch(
-                events=[],
-                raw_events=raw_events,
-                cursor={"eventLineOffset": raw_events[-1][0], "eventLineCount": view.lines},
-                resume_token=token,
-                caught_up=at_end,
-                skipped=[],
-                emitted_at=clock.now(),
-            )
-        return News(following, end, token, at_end, batch)
+        return None if self.view is None else self._window.news(number)
 
     async def _watch(self) -> None:
         with self._folders.follow(self._log.open_folder) as changes:
@@ -289,32 +206,15 @@ class Tail:
         if self.view is None or self._seen.identity != self.view.identity:
             if self.view is not None or self._has_moved:
                 changes.look_anew()
-            self._begin_anew(self._seen.token.position.offset)
+            self._window.begin_anew(self._seen.token.position.offset)
             self._unchecked = 0
         else:
             for portion in self._checked:
-                self._append(portion)
+                self._window.append(portion)
         self.view = self._seen
         self._checked.clear()
+        self._window.tell(lines=self._seen.lines, is_all=not self._unchecked)
         self.wake()
-
-    def _begin_anew(self, offset: int) -> None:
-        self._first += len(self._window) + 1  # no number is used twice
-        self._window.clear()
-        self._places = {offset: self._first}
-        self._kept = 0
-
-    def _append(self, portion: Checked) -> None:
-        if portion.start not in self._places:
-            self._begin_anew(portion.start)  # more has come at once than is kept
-        self._window.append(portion)
-        self._places[portion.end.offset] = self._first + len(self._window)
-        self._kept += portion.size
-        while len(self._window) > 1 and (self._kept > _MAX_KEPT or len(self._window) > _MAX_PORTIONS):
-            gone = self._window.popleft()
-            del self._places[gone.start]
-            self._first += 1
-            self._kept -= gone.size
 
 
 def _checked(portion: Portion, builder: EventBuilder) -> Checked:
