@@ -159,8 +159,7 @@ async def test_an_agent_that_goes_while_a_run_is_at_work_is_an_alarm_and_its_ret
             await eventually(
                 lambda: json.loads(folder.health.read_text())["transport"]["ingestStatus"] == "success", ""
             )
-
-    assert follower.view.error is None
+            assert follower.view.error is None
 
 
 async def test_a_sprite_that_sleeps_is_no_alarm(
