@@ -12,7 +12,7 @@ import pytest
 
 from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.streaming import EventQuery
-from sprite_agent.errors import EventMalformed
+from sprite_agent.errors import EventMalformed, EventsNotFound
 from sprite_agent.event_log import newest, window
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
@@ -215,6 +215,28 @@ async def test_a_malformed_record_ends_those_who_do_not_skip_it_after_what_came_
         assert [record.first_line for batch in skipping.seen for record in batch.skipped] == [4]
         loop.append(numbered(6, 6))
         assert await skipping.until_lines(5) == [1, 2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), EventsNotFound("gone"), ValueError("a bug")])
+async def test_a_look_that_fails_is_made_good_by_the_followers_own(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    steps = EventLog.newest_steps
+    failures = [error, error]
+
+    def failing(log: EventLog) -> Any:
+        if failures:
+            raise failures.pop()
+        return steps(log)
+
+    async with following(repo, loop, 2) as followers:
+        monkeypatch.setattr(EventLog, "newest_steps", failing)
+        for number in (3, 4, 5):
+            loop.append(numbered(number, number))
+            for follower in followers:
+                assert await follower.until_lines(number) == list(range(1, number + 1))
+
+    assert not failures
 
 
 async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: LoopFiles) -> None:

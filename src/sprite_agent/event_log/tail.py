@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
-from sprite_agent.errors import ContractError, OpsError
+from sprite_agent.errors import ContractError
 from sprite_agent.event_log.index import READ_AGAIN_AT_ONCE
 from sprite_agent.event_log.pieces import goes_on
 from sprite_agent.event_log.records import value_of
@@ -146,8 +146,8 @@ class Tail:
                 stamp, began = self._log.stamp(), time.monotonic()
                 try:
                     await self._look(changes, is_little=self._is_little(stamp))
-                except OpsError:
-                    self.view, self._has_moved = None, True  # whoever follows finds out why
+                except Exception:  # noqa: BLE001  # of whatever kind: whoever follows looks for themselves, and meets it too
+                    self.view, self._has_moved = None, True
                     self.wake()
                 await self._wanted.wait()  # as long as all are behind, they read for themselves
                 pause = self._pause()
