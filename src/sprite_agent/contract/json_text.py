@@ -114,6 +114,7 @@ def parse_object(text: bytes | str) -> OpenObject:
     return open_object(object_in(text), text if isinstance(text, str) else text.decode())
 
 
+@functools.cache
 def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
     """A decoder whose result's attribute `name` is the text of that member of an object, as `msgspec.Raw`.
 
@@ -123,13 +124,8 @@ def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(shape)
 
 
-@functools.cache
-def _member_decoder(name: str) -> msgspec.json.Decoder[Any]:
-    return member_decoder(name)
-
-
 def _member_text(text: str, name: str) -> str:
-    return bytes(getattr(_member_decoder(name).decode(text), name)).decode()
+    return bytes(getattr(member_decoder(name).decode(text), name)).decode()
 
 
 def member(value: Any, name: str) -> Any:
