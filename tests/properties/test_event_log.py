@@ -182,3 +182,24 @@ def test_the_portions_of_what_comes_are_all_of_it_each_with_a_token_as_good_as_a
             remaining = [record for record in everything if record.last_line > portion.end.line]
             assert rest(log, log.reader_after_token(portion.token)) == remaining
         assert [str(view.token)] * bool(portions) == [portion.token for portion in portions[-1:]]
+
+
+def test_a_portion_ends_before_the_record_that_does_not_fit_whatever_blank_lines_were_read_before_it() -> None:
+    """Of the last record's end nothing is known any more when the blank lines after it were read with it."""
+    blank = b"\n" * 120
+    content = b"".join(line(event(n=number)) + blank for number in range(8))
+    with small_limits(), patch.object(newest, "MAX_BATCH_EVENTS", 1), tempfile.TemporaryDirectory() as folder:
+        loop = LoopFiles(Path(folder))
+        log = EventLog(ArtifactFiles(loop.repo), LOOP)
+        loop.append(b"")
+        log.refresh()
+        log.keep_newest(keep=True)
+        loop.append(content)
+
+        portions = finished(log.newest_steps())[1]
+
+        assert [len(portion.records) for portion in portions] == [1] * 8
+        for portion in portions:
+            remaining = [record for record in records_of(content) if record.last_line > portion.end.line]
+            assert rest(log, log.reader_after_token(portion.token)) == remaining
+        log.keep_newest(keep=False)
