@@ -12,18 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprite_agent.artifacts import ArtifactFiles
-from sprite_agent.errors import PositionLost
+from sprite_agent.contract.events import EventBuilder
+from sprite_agent.errors import ContractError, PositionLost
 from sprite_agent.event_log import index as log_index
+from sprite_agent.event_log import log as log_module
 from sprite_agent.event_log import newest, records, rereading, resume
 from sprite_agent.event_log import reader as log_reader
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.pieces import Pace, finished
-from sprite_agent.event_log.records import judged
+from sprite_agent.event_log.records import value_of
 from support.logs import records_of, rest
 from support.repos import LOOP, LoopFiles, event, line, lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sprite_agent.event_log.newest import Portion
+    from sprite_agent.event_log.records import Record
 
 PIECES = [
     line(event(n=1)),
@@ -53,6 +58,42 @@ long_logs = st.lists(
 torn = st.sampled_from([b"", b'{"torn', b" ", b"{"])
 
 
+def builder() -> EventBuilder:
+    """What checks the records of the loop."""
+    return EventBuilder(
+        source={"repoPath": "/repo", "loopId": LOOP}, trace_id=None, emitted_at="2026-01-02T03:04:05Z", line_count=0
+    )
+
+
+def all_newest(log: EventLog) -> list[Portion]:
+    """What has come into the log, to its end."""
+    portions: list[Portion] = []
+    is_all = False
+    while not is_all:
+        _, some, is_all = finished(log.newest_steps())
+        portions += some
+    return portions
+
+
+def assert_like(portions: list[Portion], expected: list[Record]) -> None:
+    """Fails unless the portions hold these records: each whose records are all events, as they are, else none."""
+    for portion in portions:
+        within = [record for record in expected if portion.start < record.end <= portion.end.offset]
+        texts = [(record.last_line, record.text.decode(errors="replace")) for record in within]
+        assert portion.events == (texts if all(is_event(record) for record in within) else None)
+        assert portion.size == sum(len(record.text) for record in within)
+    assert all(any(portion.start < record.end <= portion.end.offset for portion in portions) for record in expected)
+
+
+def is_event(record: Record) -> bool:
+    """Whether an envelope can be made of a judged record."""
+    try:
+        builder().check(value_of(record), record.last_line)
+    except ContractError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def small_limits() -> Iterator[None]:
     """Has logs read in small pieces and records end soon, so that a short log is a long one."""
@@ -63,6 +104,7 @@ def small_limits() -> Iterator[None]:
         patch.object(resume, "_FAR", 30),
         patch.object(resume, "WINDOW_BYTES", 20),
         patch.object(records, "MAX_RECORD_BYTES", 200),
+        patch.object(log_module, "_NEWEST_BYTES", 120),
     ):
         yield
 
@@ -160,7 +202,7 @@ def test_the_portions_of_what_comes_are_all_of_it_each_with_a_token_as_good_as_a
         loop.append(content[:before])
         log = EventLog(ArtifactFiles(loop.repo), LOOP)
         start = log.refresh().token.position
-        log.keep_newest(keep=True)
+        log.keep_newest(builder())
         portions = []
         unwritten = content[before:]
         while unwritten:
@@ -170,15 +212,15 @@ def test_the_portions_of_what_comes_are_all_of_it_each_with_a_token_as_good_as_a
             if data.draw(st.booleans()):
                 log.refresh()
             if data.draw(st.booleans()):
-                portions += finished(log.newest_steps())[1]
-        view, last = finished(log.newest_steps())
-        portions += last
+                portions += finished(log.newest_steps()).portions
+        portions += all_newest(log)
+        view = log.refresh()
 
         everything = [record for record in records_of(content) if record.last_line > start.line]
-        assert [judged(record) for portion in portions for record in portion.records] == everything
+        assert_like(portions, everything)
         assert [portion.start for portion in portions] == [start.offset, *(each.end.offset for each in portions)][:-1]
         for portion in portions:
-            assert len(portion.records) <= 3
+            assert len(portion.events or ()) <= 3
             remaining = [record for record in everything if record.last_line > portion.end.line]
             assert rest(log, log.reader_after_token(portion.token)) == remaining
         assert [str(view.token)] * bool(portions) == [portion.token for portion in portions[-1:]]
@@ -193,13 +235,14 @@ def test_a_portion_ends_before_the_record_that_does_not_fit_whatever_blank_lines
         log = EventLog(ArtifactFiles(loop.repo), LOOP)
         loop.append(b"")
         log.refresh()
-        log.keep_newest(keep=True)
+        log.keep_newest(builder())
         loop.append(content)
 
-        portions = finished(log.newest_steps())[1]
+        with patch.object(log_module, "_NEWEST_BYTES", len(content)):
+            portions = all_newest(log)
 
-        assert [len(portion.records) for portion in portions] == [1] * 8
+        assert [len(portion.events or ()) for portion in portions] == [1] * 8
         for portion in portions:
             remaining = [record for record in records_of(content) if record.last_line > portion.end.line]
             assert rest(log, log.reader_after_token(portion.token)) == remaining
-        log.keep_newest(keep=False)
+        log.keep_newest(None)

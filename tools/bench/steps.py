@@ -64,7 +64,7 @@ class Steps:
 
     def _records(self) -> list[Record]:
         reader = RecordReader()
-        reader.judge()
+        reader.judge(wanted=True)
         return [record for record in reader.feed(self._text) if record is not None]
 
     def _check(self) -> None:

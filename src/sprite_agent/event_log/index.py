@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
     from sprite_agent.contract.envelopes import ArtifactRef
+    from sprite_agent.contract.events import EventBuilder
     from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.records import Position, Record
     from sprite_agent.event_log.resume import ResumeToken
@@ -73,6 +74,12 @@ class Aim:
     size = 0
     passes = 0
 
+    def __init__(self, most: int | None = None) -> None:
+        """`most`: so many bytes are enough, if there are more."""
+        self.most = most
+        self.is_all = True
+        """Whether it wants all that there was."""
+
 
 class LogIndex:
     """The index of one log. For one thread at a time: its owner locks.
@@ -98,9 +105,10 @@ class LogIndex:
         """Complete lines that were read so far."""
         return self._records.lines
 
-    def keep_newest(self, *, keep: bool) -> None:
-        """Begins or ends to keep what is read from now on, for `take_newest`."""
-        self._newest = Newest(self._records.boundary) if keep else None
+    def keep_newest(self, builder: EventBuilder | None) -> None:
+        """Begins to keep, checked by `builder`, what is read from now on, for `take_newest`; None: ends to."""
+        self._newest = None if builder is None else Newest(self._records.boundary, builder)
+        self._records.judge(wanted=builder is not None)
 
     def take_newest(self) -> list[Portion]:
         """What was read since the last call, up to the last view."""
@@ -119,6 +127,9 @@ class LogIndex:
         self._notice(status)
         if aim.identity != self._identity:
             aim.identity, aim.size, aim.passes = self._identity, status.st_size, self._rereading.demanded
+            if aim.most is not None:
+                aim.size = min(aim.size, self._trail.end + aim.most)
+            aim.is_all = aim.size == status.st_size
         if not self._read(log, aim.size, pace):
             return False
         if soon and not self._rereading.demanded and self._trail.end > READ_AGAIN_AT_ONCE:
@@ -210,7 +221,8 @@ class LogIndex:
         self._rereading = Rereading()
         self._stamp: Stamp | None = None
         if self._newest is not None:
-            self._newest = Newest(START)
+            self._newest.begin_anew()
+            self._records.judge(wanted=True)
 
     def _notice(self, status: os.stat_result) -> None:
         """Wants all read again when the file was changed without becoming longer."""
@@ -232,6 +244,7 @@ class LogIndex:
             if self._coming is not None:
                 self._coming = None
                 self._mark()
+                self._drop_value()
             start = self._trail.end
             if start >= size:
                 return True
@@ -249,6 +262,11 @@ class LogIndex:
         self._last_record = record
         if self._newest is not None:
             self._newest.add(record, self._trail)
+
+    def _drop_value(self) -> None:
+        """Keeps of the last record its text only: its value can be large."""
+        if self._last_record is not None and self._last_record.value is not None:
+            self._last_record = self._last_record._replace(value=None)
 
     def _mark(self) -> None:
         if self._trail.end - self._marks[-1].offset >= self._stride:

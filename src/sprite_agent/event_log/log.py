@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
     from sprite_agent.artifacts import ArtifactFiles
+    from sprite_agent.contract.events import EventBuilder
     from sprite_agent.event_log.index import LogView
     from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.pieces import Steps
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_NEWEST_BYTES = 256 * 1024
+"""Looked at in one go for who keeps up: it takes some milliseconds until they have the first of it."""
 _MAX_WAITING = 8
 """Calls that wait for a log which is still being read; each holds a thread."""
 
@@ -42,6 +45,16 @@ class Opened(NamedTuple):
 
     reader: LogReader
     view: LogView
+
+
+class Arrived(NamedTuple):
+    """What has come into a log."""
+
+    view: LogView
+    """What the log was like up to there."""
+    portions: list[Portion]
+    is_all: bool
+    """Whether there was no more."""
 
 
 class LogStamp(NamedTuple):
@@ -138,20 +151,23 @@ class EventLog:
                     return self._index.view(log)
             yield
 
-    def newest_steps(self) -> Steps[tuple[LogView, list[Portion]]]:
-        """The same for who keeps up with it (see `keep_newest`), and what has come since the last call."""
-        aim = Aim()
+    def newest_steps(self) -> Steps[Arrived]:
+        """What has come since the last call, not too much at once, for who keeps up with it (see `keep_newest`)."""
+        aim = Aim(_NEWEST_BYTES)
         while True:
             with self._lock:
                 log = self._found_again()
                 if self._index.advance(log, aim, soon=True):
-                    return self._index.view(log), self._index.take_newest()
+                    return Arrived(self._index.view(log), self._index.take_newest(), aim.is_all)
             yield
 
-    def keep_newest(self, *, keep: bool) -> None:
-        """Begins or ends to keep what comes into the log, for one who asks for it by `newest_steps`."""
+    def keep_newest(self, builder: EventBuilder | None) -> None:
+        """Begins to keep what comes into the log, for one who asks for it by `newest_steps`; None: ends to.
+
+        The builder says of each record whether it is malformed.
+        """
         with self._lock:
-            self._index.keep_newest(keep=keep)
+            self._index.keep_newest(builder)
             self._let_go()
 
     def after_line_steps(self, line: int) -> Steps[Opened]:

@@ -92,7 +92,7 @@ class LogReader:
 
     def judge(self) -> None:
         """Has records be judged as they come, where that costs little more than reading them."""
-        self._records.judge()
+        self._records.judge(wanted=True)
 
     def put_back(self, record: Record) -> None:
         """Has the record that was just taken be the next again."""

@@ -106,9 +106,9 @@ class RecordReader:
         self._overlong: _Overlong | None = None
         self._opening: _Opening | None = None
 
-    def judge(self) -> None:
-        """From now on, objects on one short line come with their value; other records are not yet judged."""
-        self._glance = _glance
+    def judge(self, *, wanted: bool) -> None:
+        """Whether from now on objects on one short line come with their value; other records are not yet judged."""
+        self._glance = _glance if wanted else _mere_glance
 
     def feed(self, data: bytes) -> Iterator[Record | None]:
         """The records that `data` completes, not yet judged. To be taken to the last before more is fed.

@@ -1,4 +1,4 @@
-"""The end of a log, looked at once for all who follow it: each record is read, judged and checked for the first only.
+"""The end of a log, looked at once for all who follow it: each record is read, parsed and checked for the first only.
 
 A window of what has come last is kept (`window`), from which each follower takes at its own
 pace. Whoever is too slow for it, or meets anything out of the ordinary (a malformed record, a
@@ -15,21 +15,17 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
-from sprite_agent.errors import ContractError
 from sprite_agent.event_log.index import READ_AGAIN_AT_ONCE
 from sprite_agent.event_log.pieces import goes_on
-from sprite_agent.event_log.records import value_of
-from sprite_agent.event_log.window import Checked, Window
+from sprite_agent.event_log.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sprite_agent.contract.envelopes import Source
-    from sprite_agent.contract.streaming import RawEvent
     from sprite_agent.event_log.folder_watch import Changes, FolderWatch
     from sprite_agent.event_log.index import LogView
-    from sprite_agent.event_log.log import EventLog, LogStamp
-    from sprite_agent.event_log.newest import Portion
+    from sprite_agent.event_log.log import Arrived, EventLog, LogStamp
     from sprite_agent.event_log.pieces import Steps
     from sprite_agent.event_log.window import News
     from sprite_agent.event_log.workers import Workers
@@ -90,10 +86,8 @@ class Tail:
         self._workers = workers
         self._window = Window()
         self._reread_at = -math.inf
-        self._seen: LogView | None = None
-        """What the look that is under way has found; and what of it was checked, and how many portions were not."""
-        self._checked: list[Checked] = []
-        self._unchecked = 0
+        self._arrived: Arrived | None = None
+        """What the look that is under way has found."""
         self._is_kept = False
         """Whether the log keeps what comes, for this."""
         self._has_moved = False
@@ -105,7 +99,7 @@ class Tail:
     def close(self) -> None:
         """Looks no more."""
         self._task.cancel()
-        self._log.keep_newest(keep=False)
+        self._log.keep_newest(None)
 
     def wake(self) -> None:
         """Has every follower look at the tail."""
@@ -145,11 +139,13 @@ class Tail:
             while True:
                 stamp, began = self._log.stamp(), time.monotonic()
                 try:
-                    await self._look(changes, is_little=self._is_little(stamp))
+                    is_all = await self._look(changes, is_little=self._is_little(stamp))
                 except Exception:  # noqa: BLE001  # of whatever kind: whoever follows looks for themselves, and meets it too
-                    self.view, self._has_moved = None, True
+                    self.view, self._has_moved, is_all = None, True, True
                     self.wake()
                 await self._wanted.wait()  # as long as all are behind, they read for themselves
+                if not is_all:
+                    continue
                 pause = self._pause()
                 while not await changes.wait(pause):
                     if pause < math.inf or self._log.stamp() != stamp:
@@ -171,60 +167,37 @@ class Tail:
             return False
         return 0 <= stamp.size - self.view.token.position.offset <= _LITTLE
 
-    async def _look(self, changes: Changes, *, is_little: bool) -> None:
+    async def _look(self, changes: Changes, *, is_little: bool) -> bool:
+        """Looks at what is new; whether that was all."""
         with contextlib.closing(self._look_steps()) as look:
             more = goes_on(look) if is_little else await self._workers.run(lambda: goes_on(look))
             while more:
-                self._publish(changes)
                 more = await self._workers.run(lambda: goes_on(look))
-        self._publish(changes)
+        assert self._arrived is not None  # noqa: S101  # that is what the steps have done
+        arrived, self._arrived = self._arrived, None
+        self._publish(arrived, changes)
         if self._pause() == UNSURE_PAUSE and time.monotonic() - self._reread_at >= UNSURE_PAUSE:
             self._reread_at = time.monotonic()
             await self._workers.run(self._log.reread)
+        return arrived.is_all
 
     def _look_steps(self) -> Steps[None]:
-        """Reads what is new, and checks it portion by portion."""
         if not self._is_kept:
-            self._log.keep_newest(keep=True)
+            builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=0)
+            self._log.keep_newest(builder)
             self._is_kept = True
-        self._seen = None
-        view, portions = yield from self._log.newest_steps()
-        self._seen = view
-        if not portions:
-            return
-        builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=view.lines)
-        for number, portion in enumerate(portions, 1):
-            self._checked.append(_checked(portion, builder))
-            self._unchecked = len(portions) - number
-            if self._unchecked:
-                yield
+        self._arrived = yield from self._log.newest_steps()
 
-    def _publish(self, changes: Changes) -> None:
-        """Lets followers have what was seen and checked so far."""
-        if self._seen is None:
-            return
-        if self.view is None or self._seen.identity != self.view.identity:
+    def _publish(self, arrived: Arrived, changes: Changes) -> None:
+        """Lets followers have what has arrived."""
+        view = arrived.view
+        if self.view is None or view.identity != self.view.identity:
             if self.view is not None or self._has_moved:
                 changes.look_anew()
-            self._window.begin_anew(self._seen.token.position.offset)
-            self._unchecked = 0
+            self._window.begin_anew(view.token.position.offset)
         else:
-            for portion in self._checked:
+            for portion in arrived.portions:
                 self._window.append(portion)
-        self.view = self._seen
-        self._checked.clear()
-        self._window.tell(lines=self._seen.lines, is_all=not self._unchecked)
+        self.view = view
+        self._window.tell(lines=view.lines, is_all=arrived.is_all)
         self.wake()
-
-
-def _checked(portion: Portion, builder: EventBuilder) -> Checked:
-    start, end, token, records = portion
-    size = sum(len(record.text) for record in records)
-    events: list[RawEvent] = []
-    try:
-        for record in records:
-            builder.check(value_of(record), record.last_line)
-            events.append((record.last_line, record.text.decode()))
-    except ContractError:
-        return Checked(start, end, token, None, size)
-    return Checked(start, end, token, events, size)

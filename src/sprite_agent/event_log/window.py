@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,26 +10,12 @@ from sprite_agent.contract.streaming import EventBatch
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 
 if TYPE_CHECKING:
-    from sprite_agent.contract.streaming import RawEvent
+    from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.records import Position
 
 _MAX_KEPT = 4 * 1024 * 1024
 """Bytes of records, about."""
 _MAX_PORTIONS = 4096
-
-
-class Checked(NamedTuple):
-    """A portion of the log, ready to be sent."""
-
-    start: int
-    """The offset it begins at."""
-    end: Position
-    token: str
-    """The resume token for its end."""
-    events: list[RawEvent] | None
-    """None: a record in it is malformed."""
-    size: int
-    """Bytes of its records."""
 
 
 class News(NamedTuple):
@@ -51,7 +36,7 @@ class Window:
     """The last portions of one log, numbered from the first that there was. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._portions: deque[Checked] = deque()
+        self._portions: deque[Portion] = deque()
         self._first = 0
         """Number of the first portion that is kept."""
         self._places: dict[int, int] = {}
@@ -69,7 +54,7 @@ class Window:
         self._places = {offset: self._first}
         self._kept = 0
 
-    def append(self, portion: Checked) -> None:
+    def append(self, portion: Portion) -> None:
         """Adds what comes next; where it does not go on from the last one, nothing older is kept."""
         if portion.start not in self._places:
             self.begin_anew(portion.start)
@@ -110,11 +95,12 @@ class Window:
     def _next_number(self) -> int:
         return self._first + len(self._portions)
 
-    def _from(self, number: int) -> list[Checked] | None:
+    def _from(self, number: int) -> list[Portion] | None:
         """As many portions as a batch may have, and one at least if there is one."""
-        found: list[Checked] = []
+        found: list[Portion] = []
         events, size = 0, 0
-        for portion in itertools.islice(self._portions, number - self._first, None):
+        for at in range(number - self._first, len(self._portions)):
+            portion = self._portions[at]
             if portion.events is None:
                 return found or None
             events += len(portion.events)
@@ -124,7 +110,7 @@ class Window:
             found.append(portion)
         return found
 
-    def _news(self, number: int, portions: list[Checked]) -> News:
+    def _news(self, number: int, portions: list[Portion]) -> News:
         following = number + len(portions)
         at_end = self._is_all and following == self._next_number
         if not portions:
