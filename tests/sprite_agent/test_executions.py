@@ -21,6 +21,7 @@ from sprite_agent.control.executions import MAX_OUTPUT_BYTES, CommandOutcome, Ex
 from sprite_agent.control.processes import name_of
 from sprite_agent.control.state_folder import StateFolder
 from sprite_agent.errors import NotExecuted
+from support.commands import carried_out
 from support.runtime import script
 from support.waiting import until
 
@@ -59,7 +60,7 @@ def lane(folder: StateFolder) -> Iterator[int]:
 @pytest.fixture
 def run(folder: StateFolder, lane: int) -> Run:
     def run(command: list[str], timeout: float = 20.0) -> CommandOutcome:
-        outcome = Executions(folder.executions, timeout=timeout).run(uuid.uuid4().hex[:16], command, lane)
+        outcome = carried_out(Executions(folder.executions, timeout=timeout), uuid.uuid4().hex[:16], command, lane)
         assert outcome is not None
         return outcome
 
@@ -267,7 +268,7 @@ KEY = "0123456789abcdef"
 
 def test_an_outcome_stays_until_it_is_forgotten(folder: StateFolder, lane: int) -> None:
     """Whoever asks: the agent that ran it, or the next one."""
-    outcome = Executions(folder.executions).run(KEY, ["/bin/sh", "-c", "echo no; exit 3"], lane)
+    outcome = carried_out(Executions(folder.executions), KEY, ["/bin/sh", "-c", "echo no; exit 3"], lane)
 
     later = Executions(folder.executions)
     assert later.outcome(KEY) == outcome == CommandOutcome(exit_code=3, timed_out=False, output="no\n")
@@ -293,7 +294,7 @@ def test_what_nobody_asks_for_any_more_is_removed(folder: StateFolder) -> None:
 def test_only_the_agents_user_may_look_into_an_execution(folder: StateFolder, lane: int) -> None:
     before = os.umask(0)
     try:
-        Executions(folder.executions).run(KEY, ["true"], lane)
+        carried_out(Executions(folder.executions), KEY, ["true"], lane)
     finally:
         os.umask(before)
 
@@ -306,10 +307,10 @@ def test_only_the_agents_user_may_look_into_an_execution(folder: StateFolder, la
 
 def test_an_execution_is_never_run_twice(folder: StateFolder, lane: int, tmp_path: Path) -> None:
     executions = Executions(folder.executions)
-    executions.run(KEY, ["true"], lane)
+    carried_out(executions, KEY, ["true"], lane)
 
     with pytest.raises(NotExecuted, match="File exists"):
-        executions.run(KEY, ["touch", str(tmp_path / "ran")], lane)
+        carried_out(executions, KEY, ["touch", str(tmp_path / "ran")], lane)
     assert not (tmp_path / "ran").exists()
 
 
@@ -320,7 +321,7 @@ def test_an_executor_that_did_not_begin_has_run_nothing(
     monkeypatch.setattr("sprite_agent.control.executors.EXECUTOR", program)
 
     with pytest.raises(NotExecuted) as error:
-        Executions(folder.executions).run(KEY, ["touch", str(tmp_path / "ran")], lane)
+        carried_out(Executions(folder.executions), KEY, ["touch", str(tmp_path / "ran")], lane)
 
     assert (error.value.executed, error.value.retryable, error.value.retry_after) == (False, True, 1.0)
     assert not (tmp_path / "ran").exists()
@@ -332,7 +333,7 @@ def test_the_command_of_a_killed_executor_is_waited_for_and_its_end_is_not_known
     ended = tmp_path / "ended"
     text = f"kill -9 $PPID; sleep 0.3; touch {ended}"
 
-    outcome = Executions(folder.executions).run(KEY, ["/bin/sh", "-c", text], lane)
+    outcome = carried_out(Executions(folder.executions), KEY, ["/bin/sh", "-c", text], lane)
 
     assert outcome is None
     assert ended.exists()
@@ -344,7 +345,7 @@ def test_the_command_of_a_killed_executor_is_ended_at_its_time_with_all_its_chil
     text = f"(sleep 1000) & echo $! $$ >> {pids}; kill -9 $PPID; sleep 1000"
     began = time.monotonic()
 
-    outcome = Executions(folder.executions, timeout=0.5).run(KEY, ["/bin/sh", "-c", text], lane)
+    outcome = carried_out(Executions(folder.executions, timeout=0.5), KEY, ["/bin/sh", "-c", text], lane)
 
     assert outcome is None
     assert 0.5 <= time.monotonic() - began < 5
@@ -358,7 +359,7 @@ def test_an_executor_that_hangs_is_ended_and_its_command_too(
     monkeypatch.setattr("sprite_agent.control.executions._RECORDING", 0.3)
     text = f"echo $PPID $$ >> {pids}; kill -STOP $PPID; sleep 1000"
 
-    outcome = Executions(folder.executions, timeout=0.5).run(KEY, ["/bin/sh", "-c", text], lane)
+    outcome = carried_out(Executions(folder.executions, timeout=0.5), KEY, ["/bin/sh", "-c", text], lane)
 
     assert outcome is None
     for pid in pids.read_text().split():

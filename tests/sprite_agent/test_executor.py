@@ -237,8 +237,12 @@ from sprite_agent.control.executions import Executions
 from sprite_agent.control.state_folder import StateFolder
 
 states = StateFolder(Path(sys.argv[1]), Path(sys.argv[2]))
-with states.lane(0) as lane:
-    Executions(states.executions).run("0123456789abcdef", ["/bin/sh", "-c", sys.argv[3]], lane)
+executions = Executions(states.executions)
+with (
+    states.lane(0) as lane,
+    executions.ready("0123456789abcdef", ["/bin/sh", "-c", sys.argv[3]], lane) as execution,
+):
+    executions.run(execution)
 """
 """A process of its own that runs a line of shell."""
 

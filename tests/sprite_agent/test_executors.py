@@ -20,6 +20,7 @@ from sprite_agent.control.executions import CommandOutcome, Executions
 from sprite_agent.control.state_folder import StateFolder, free
 from sprite_agent.errors import NotExecuted
 from sprite_agent.repo import Repo
+from support.commands import carried_out
 from support.repos import STANDIN
 from support.runtime import asking_loop, executors_of, request
 from support.waiting import until
@@ -56,7 +57,7 @@ def shell(executions: Executions, folder: StateFolder) -> Callable[[str], Comman
 
     def shell(text: str) -> CommandOutcome:
         with folder.lane(0) as lane:
-            outcome = executions.run(uuid.uuid4().hex[:16], ["/bin/sh", "-c", text], lane)
+            outcome = carried_out(executions, uuid.uuid4().hex[:16], ["/bin/sh", "-c", text], lane)
             free(lane)  # as the engine does: the executor may still be about to end
         assert outcome is not None
         return outcome

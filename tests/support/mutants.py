@@ -19,7 +19,7 @@ from sprite_agent.errors import NotExecuted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sprite_agent.control.executions import CommandOutcome
+    from sprite_agent.control.executions import CommandOutcome, Execution
     from sprite_agent.control.journal import NewRow
     from sprite_agent.control.journal_rows import Entry
 
@@ -53,8 +53,8 @@ def commit_the_row_after_the_command() -> None:
         held_back[new.execution_id] = new
         return SimpleNamespace(state="executing", execution_id=new.execution_id, result=new.result)
 
-    def mutant(engine: ControlEngine, entry: Entry, lane: int) -> Entry:
-        outcome = engine._executions.run(entry.execution_id, entry.result["command"], lane)
+    def mutant(engine: ControlEngine, entry: Entry, execution: Execution, lane: int) -> Entry:
+        outcome = engine._executions.run(execution)
         row = begin(engine.journal, held_back.pop(entry.execution_id))
         result = interrupted_result(row.result) if outcome is None else executed_result(row.result, outcome)
         return engine._record(row, result)
@@ -101,8 +101,8 @@ def deny_what_ran() -> None:
     """Says that nothing was run when the command has failed."""
     run = Executions.run
 
-    def mutant(executions: Executions, execution_id: str, command: list[str], lane: int) -> CommandOutcome | None:
-        outcome = run(executions, execution_id, command, lane)
+    def mutant(executions: Executions, execution: Execution) -> CommandOutcome | None:
+        outcome = run(executions, execution)
         if outcome is not None and outcome.exit_code:
             raise NotExecuted("the mutant says so")
         return outcome

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from sprite_agent.callers import Caller
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.control.command import Runtime
-    from sprite_agent.control.executions import Executions
+    from sprite_agent.control.executions import Execution, Executions
     from sprite_agent.control.journal_rows import Entry
     from sprite_agent.control.state_folder import StateFolder
     from sprite_agent.event_log.log import EventLog
@@ -218,17 +218,15 @@ class ControlEngine:
             # Looked up again: another process may have used the key while this call waited.
             entry = self.journal.find(*place)
             if entry is None:
-                entry = self._begin(request, caller)
-                if entry.state != "done":
-                    entry = self._run(entry, lane)
+                entry = self._carry_out(self._new_row(request, caller), lane)
             elif entry.state != "done" or entry.origin.fingerprint != fingerprint(request):
                 raise _still_worked_on(place[1])
             else:
                 return replayed(entry.result)
         return entry.result if entry.state == "done" else self._conclude(entry).result
 
-    def _begin(self, request: ControlRequest, caller: Caller) -> Entry:
-        """Commits the row of a new key, under the lane; a final one where nothing needs to be run."""
+    def _new_row(self, request: ControlRequest, caller: Caller) -> NewRow:
+        """The row for a new key; a final one where nothing needs to be run."""
         preconditions.check_age(request, datetime.now(UTC))
         self._files.require_loop(request["loopId"])
         reading = self._read_loop(request["loopId"])
@@ -242,25 +240,37 @@ class ControlEngine:
             result = executing_result(
                 request, build_command(find_runtime(self._runtime), self._files.repo, request, by)
             )
-        failpoints.hit("before_insert")
-        return self.journal.begin(
-            NewRow(
-                request=request,
-                fingerprint=fingerprint(request),
-                caller=caller,
-                baseline=baseline.document(),
-                boot_id=this_boot(),
-                execution_id=execution_id,
-                owner=self._owner,
-                result=result,
-            )
+        return NewRow(
+            request=request,
+            fingerprint=fingerprint(request),
+            caller=caller,
+            baseline=baseline.document(),
+            boot_id=this_boot(),
+            execution_id=execution_id,
+            owner=self._owner,
+            result=result,
         )
 
-    def _run(self, entry: Entry, lane: int) -> Entry:
-        """Runs the command of a row just begun, under the lane."""
+    def _carry_out(self, row: NewRow, lane: int) -> Entry:
+        """Commits a row and runs its command, under the lane.
+
+        The executor gets the command first, and makes ready while the row is committed; it runs nothing before.
+        """
+        if row.result["state"] == "done":
+            return self._begin(row)
+        with self._executions.ready(row.execution_id, row.result["command"], lane) as execution:
+            return self._run(self._begin(row), execution, lane)
+
+    def _begin(self, row: NewRow) -> Entry:
+        failpoints.hit("before_insert")
+        entry = self.journal.begin(row)
         failpoints.hit("recorded")
+        return entry
+
+    def _run(self, entry: Entry, execution: Execution, lane: int) -> Entry:
+        """Runs the command of a row just begun, under the lane."""
         try:
-            outcome = self._executions.run(entry.execution_id, entry.result["command"], lane)
+            outcome = self._executions.run(execution)
         except NotExecuted as error:
             with contextlib.suppress(JournalCorrupt, JournalUnavailable):  # recovery finds it out again
                 self.journal.release(entry, error.message)

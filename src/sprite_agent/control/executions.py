@@ -22,7 +22,7 @@ from sprite_agent.control.processes import is_alive, name_from_stat, pid_of
 from sprite_agent.errors import NotExecuted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from sprite_agent.control.command import User
@@ -75,10 +75,9 @@ class Executions:
         """Has an executor wait for the first command, if that is to be done ahead."""
         self._executors.prepare()
 
-    def run(self, execution_id: str, command: list[str], lane: int) -> CommandOutcome | None:
-        """Runs a command to its end; None: its executor was killed, and how it ended is not known.
-
-        The command's row must be committed.
+    @contextlib.contextmanager
+    def ready(self, execution_id: str, command: list[str], lane: int) -> Iterator[Execution]:
+        """An executor that has the command for the block, and runs it if it is told to: once the row is committed.
 
         Args:
             execution_id: names its folder.
@@ -86,14 +85,31 @@ class Executions:
             lane: descriptor of the lock that executor and command go on holding if this process is killed.
 
         Raises:
-            NotExecuted: it was not, and won't be.
+            NotExecuted: it can't be started, and nothing was run.
         """
         try:
-            process = self._start(execution_id, command, lane)
-            failpoints.hit("released")
-            return self._outcome_of(process, execution_id)
+            execution = self._hand_over(execution_id, command, lane)
+            try:
+                yield execution
+            finally:
+                if not execution.was_released:
+                    execution.process.end(kill=True)
+                    self.forget(execution_id)
         finally:
             self._executors.prepare()
+
+    def run(self, execution: Execution) -> CommandOutcome | None:
+        """Has the command run to its end; None: its executor was killed, and how it ended is not known.
+
+        Raises:
+            NotExecuted: it was not run, and won't be.
+        """
+        try:
+            execution.release()
+        except OSError as error:
+            raise NotExecuted(f"the command could not be started: {error.strerror}", retry_after=1.0) from error
+        failpoints.hit("released")
+        return self._outcome_of(execution)
 
     def outcome(self, execution_id: str) -> CommandOutcome | None:
         """How a command ended, as its executor has recorded; None: it has not."""
@@ -131,8 +147,8 @@ class Executions:
             for left in {entry.name for entry in self._folder.iterdir()} - set(kept):
                 self.forget(left)
 
-    def _start(self, execution_id: str, command: list[str], lane: int) -> ExecutorProcess:
-        """The executor that was given the command, its gate open."""
+    def _hand_over(self, execution_id: str, command: list[str], lane: int) -> Execution:
+        """An executor that was given the command, and waits at its gate."""
         place = self._folder / execution_id
         plan = {
             "execution": execution_id,
@@ -147,21 +163,21 @@ class Executions:
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             place.mkdir(mode=0o700)
-            failpoints.hit("prepared")
-            process = self._executors.hand_over(plan, lane)
             try:
-                failpoints.hit("spawned")
-                process.open_gate()
+                failpoints.hit("prepared")
+                process = self._executors.hand_over(plan, lane)
             except OSError:
-                process.end(kill=True)
+                self.forget(execution_id)
                 raise
         except OSError as error:
             raise NotExecuted(f"the command could not be started: {error.strerror}", retry_after=1.0) from error
-        return process
+        failpoints.hit("spawned")
+        return Execution(execution_id, process)
 
-    def _outcome_of(self, process: ExecutorProcess, execution_id: str) -> CommandOutcome | None:
+    def _outcome_of(self, execution: Execution) -> CommandOutcome | None:
         """How the command of a working executor ended, once it has; see `run`."""
         until = time.monotonic() + self._timeout
+        process, execution_id = execution.process, execution.id
         if not process.is_done(self._timeout + _RECORDING):
             process.end(kill=True)  # it is stuck: its command is ended below
         outcome = self.outcome(execution_id)
@@ -175,3 +191,26 @@ class Executions:
             raise NotExecuted("the command's executor ended before it began; try again", retry_after=1.0)
         self.end_orphan(execution_id, within=until - time.monotonic())
         return None
+
+
+class Execution:
+    """A command that an executor has, and runs once it is released. Belongs to one thread."""
+
+    def __init__(self, execution_id: str, process: ExecutorProcess) -> None:
+        self.id = execution_id
+        self.process = process
+        self.was_released = False
+        """Whether it was tried: then what it has left behind tells what it did."""
+
+    def release(self) -> None:
+        """Has it run.
+
+        Raises:
+            OSError: the executor has ended, and has run nothing.
+        """
+        self.was_released = True
+        try:
+            self.process.open_gate()
+        except OSError:
+            self.process.end(kill=True)
+            raise

@@ -57,7 +57,7 @@ _NO_NEW_PRIVILEGES = 38
 def main(executions: str, number: int, changes_user: int) -> int:
     """Waits for a plan and its gate, runs the command to its end and records it.
 
-    The end of the socket tells the agent that it is done; the exit code is of use to nobody else.
+    The end of the socket tells the agent that the result is there; the exit code is of use to nobody else.
     """
     os.set_inheritable(number, False)  # noqa: FBT003  # its one parameter has no other form
     command = Command(_privileges_dropper() if changes_user else None, not_its_own=number)
@@ -83,6 +83,8 @@ def main(executions: str, number: int, changes_user: int) -> int:
         result = _run(command, plan, text, lane)
         hit("ran")
         _record(draft, result)
+        agent.shutdown(socket.SHUT_RDWR)
+        _sync(".")  # while the agent, if there still is one, records the result for good
         hit("recorded")
         if os.getppid() != plan["agent"]:
             # Nobody is left to free the lane, and a child of the command may hold it for ever.
@@ -214,7 +216,6 @@ def _record(draft: int, result: dict[str, Any]) -> None:
     os.fsync(draft)
     hit("drafted")
     Path(_DRAFT).rename(RESULT)
-    _sync(".")
 
 
 def _run(command: Command, plan: dict[str, Any], text: bytes, lane: int) -> dict[str, Any]:
