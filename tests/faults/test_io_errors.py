@@ -316,9 +316,7 @@ def test_each_step_is_on_the_disk_before_the_next_begins(
 ) -> None:
     ordered(traced(controlled, tmp_path / "trace", ahead=ahead))
 
-    found(
-        "T10", "executor told < row synced < mark synced < command < result synced < row synced twice < answer"
-    )
+    found("T10", "executor told < row synced < mark synced < command < result synced < row synced twice < answer")
 
 
 def test_where_nobody_looks_for_the_effect_a_row_is_done_by_the_commit_that_says_how_its_command_ended(

@@ -196,13 +196,16 @@ def test_a_token_of_a_changed_log_is_refused_unless_all_before_it_is_as_it_was(
 def test_the_portions_of_what_comes_are_all_of_it_each_with_a_token_as_good_as_any(
     data: st.DataObject, content: bytes
 ) -> None:
-    with small_limits(), patch.object(newest, "MAX_BATCH_EVENTS", 3), tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack, patch.object(newest, "MAX_BATCH_EVENTS", 3):
+        stack.enter_context(small_limits())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         loop = LoopFiles(Path(folder))
         before = data.draw(st.integers(0, len(content)))
         loop.append(content[:before])
         log = EventLog(ArtifactFiles(loop.repo), LOOP)
         start = log.refresh().token.position
         log.keep_newest(builder())
+        stack.callback(log.keep_newest, None)
         portions = []
         unwritten = content[before:]
         while unwritten:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from sprite_agent.errors import OpsError
@@ -32,6 +33,8 @@ class FolderWatch:
 
     def __init__(self) -> None:
         self._inotify: INotify | None = None
+        self._read_at = 0.0
+        """When changes were read last."""
         self._followers: dict[int, set[Changes]] = {}
 
     @contextlib.contextmanager
@@ -89,14 +92,16 @@ class FolderWatch:
                 self._inotify.rm_watch(watch)
 
     def _wake(self) -> None:
-        """Tells who watches what has changed, and looks again in a while only: an append may come every 20 us.
+        """Tells who watches what has changed; where changes follow close upon one another, only now and then.
 
-        Meanwhile the system keeps equal events as one.
+        An append may come every 20 us. Meanwhile the system keeps equal events as one.
         """
         if self._inotify is None:
             return
-        self._loop.remove_reader(self._inotify.fileno())
-        self._loop.call_later(_BETWEEN_READS, self._listen)
+        last, self._read_at = self._read_at, time.monotonic()
+        if self._read_at - last < _BETWEEN_READS:
+            self._loop.remove_reader(self._inotify.fileno())
+            self._loop.call_later(_BETWEEN_READS, self._listen)
         changed = {event.wd for event in self._inotify.read(timeout=0)}
         for watch in self._followers if _OVERFLOW in changed else changed:
             for changes in self._followers.get(watch, ()):

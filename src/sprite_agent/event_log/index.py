@@ -105,6 +105,11 @@ class LogIndex:
         """Complete lines that were read so far."""
         return self._records.lines
 
+    @property
+    def end(self) -> int:
+        """Bytes that were read so far."""
+        return self._trail.end
+
     def keep_newest(self, builder: EventBuilder | None) -> None:
         """Begins to keep, checked by `builder`, what is read from now on, for `take_newest`; None: ends to."""
         self._newest = None if builder is None else Newest(self._records.boundary, builder)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_LITTLE = 64 * 1024
+"""Bytes: reading and judging them takes a millisecond or two, whatever they hold."""
 _NEWEST_BYTES = 256 * 1024
 """Looked at in one go for who keeps up: it takes some milliseconds until they have the first of it."""
 _MAX_WAITING = 8
@@ -110,10 +112,12 @@ class EventLog:
         with contextlib.closing(self.look_steps()) as look:
             goes_on(look)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether somebody is at work on it: whoever asks now has to wait."""
-        return self._lock.locked()
+    def is_quick(self, stamp: LogStamp | None) -> bool:
+        """Whether so little of what a log with this stamp holds was not read yet that a look takes no time.
+
+        Then the way to another thread would take longer; but nobody else may be at work on it, and none waits here.
+        """
+        return stamp is not None and 0 <= stamp.size - self._index.end <= _LITTLE and not self._lock.locked()
 
     def stamp(self) -> LogStamp | None:
         """What the file at the log's path looks like, in a few microseconds: a hint whether to look at it, no more."""
@@ -122,6 +126,11 @@ class EventLog:
         except OSError:
             return None
         return LogStamp(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def is_small(self) -> bool:
+        """Whether all of it can be read in no time; see `is_quick`."""
+        stamp = self.stamp()
+        return stamp is not None and stamp.size <= _LITTLE and self.is_quick(stamp)
 
     def reader_after_line(self, line: int) -> LogReader:
         """A reader of the records after line `line` (of a record over several lines, its last counts).

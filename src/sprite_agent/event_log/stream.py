@@ -200,6 +200,8 @@ class _Stream:
         token, line = self._query.resume_token, self._query.after_line
         start = START_TOKEN if token is None else parse_token(token)
         with contextlib.closing(self._open_steps()) as opening:
+            if self._log.is_small() and not goes_on(opening):
+                return
             while not self._is_over() and await workers.run(lambda: goes_on(opening)):
                 if self._silence() <= 0 and (token or not line):
                     self._heard_at = time.monotonic()

@@ -36,8 +36,6 @@ UNSURE_PAUSE = 0.1
 """Seconds between looks at a log that was not yet read again since it last changed."""
 SETTLED_PAUSE = 1.0
 """Seconds until the times of a file tell whether it was changed since; a small log is read again with each look."""
-_LITTLE = 64 * 1024
-"""Bytes: reading and judging them takes a millisecond or two, whatever they hold."""
 
 
 class Tails:
@@ -139,7 +137,7 @@ class Tail:
             while True:
                 stamp, began = self._log.stamp(), time.monotonic()
                 try:
-                    is_all = await self._look(changes, is_little=self._is_little(stamp))
+                    is_all = await self._look(changes, stamp)
                 except Exception:  # noqa: BLE001  # of whatever kind: whoever follows looks for themselves, and meets it too
                     self.view, self._has_moved, is_all = None, True, True
                     self.wake()
@@ -161,16 +159,10 @@ class Tail:
             return math.inf
         return UNSURE_PAUSE if self.view.end > READ_AGAIN_AT_ONCE else SETTLED_PAUSE
 
-    def _is_little(self, stamp: LogStamp | None) -> bool:
-        """Whether so little has come, to the end of a record, that the way to another thread costs more than a look."""
-        if self.view is None or stamp is None or self._log.is_busy:
-            return False
-        return 0 <= stamp.size - self.view.token.position.offset <= _LITTLE
-
-    async def _look(self, changes: Changes, *, is_little: bool) -> bool:
-        """Looks at what is new; whether that was all."""
+    async def _look(self, changes: Changes, stamp: LogStamp | None) -> bool:
+        """Looks at what is new in a log that has this stamp; whether that was all."""
         with contextlib.closing(self._look_steps()) as look:
-            more = goes_on(look) if is_little else await self._workers.run(lambda: goes_on(look))
+            more = goes_on(look) if self._log.is_quick(stamp) else await self._workers.run(lambda: goes_on(look))
             while more:
                 more = await self._workers.run(lambda: goes_on(look))
         assert self._arrived is not None  # noqa: S101  # that is what the steps have done
