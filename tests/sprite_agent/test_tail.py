@@ -189,6 +189,21 @@ async def test_a_reader_too_slow_for_the_window_misses_nothing(
         assert await slow.until_lines(59) == list(range(1, 60))
 
 
+async def test_what_was_kept_for_a_while_is_let_go_and_a_slower_reader_misses_nothing(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window, "_MAX_AGE", 0.0)
+    async with following(repo, loop, 2) as (quick, slow):
+        (tail,) = repo._tails._tails.values()  # noqa: SLF001
+        for number in range(3, 60):
+            loop.append(numbered(number, number))
+            await quick.until_lines(number)
+            assert len(tail._window._portions) <= 2  # noqa: SLF001
+
+        assert quick.lines == list(range(1, 60))
+        assert await slow.until_lines(59) == list(range(1, 60))
+
+
 async def test_more_at_once_than_is_kept_is_read_from_the_file(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

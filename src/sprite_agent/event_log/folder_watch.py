@@ -1,9 +1,10 @@
-"""Wakes whoever follows a log when its folder changes: inotify where there is one, and a slow poll beneath it."""
+"""Wakes whoever follows a log when its folder changes: by inotify, and where there is none, every now and then."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sys
 import time
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from inotify_simple import INotify
 
-POLL_WITH_INOTIFY = 1.0
-"""Seconds. Network and overlay file systems may not report every change."""
 POLL_ALONE = 0.1
 """Seconds, where there is no inotify."""
 _BETWEEN_READS = 0.001
@@ -140,12 +139,13 @@ class Changes:
             self._waiting.set_result(None)
 
     async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109  # a poll's period, not a failure
-        """Returns after a change, and now and then without one, after `timeout` seconds at the latest: whether one."""
+        """Returns after a change, or without one after `timeout` seconds, sooner where nobody tells: whether one."""
         if not self._changed:
             self._waiting = asyncio.get_running_loop().create_future()
-            period = POLL_ALONE if self._watch is None else POLL_WITH_INOTIFY
+            if self._watch is None:
+                timeout = min(timeout, POLL_ALONE)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(timeout, period)):
+                async with asyncio.timeout(timeout if timeout < math.inf else None):
                     await self._waiting
         changed, self._changed = self._changed, False
         return changed

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from sprite_agent.event_log.window import News
     from sprite_agent.event_log.workers import Workers
 
+POLL = 1.0
+"""Seconds until a change is found of which the system has not told: network and overlay file systems may not."""
+_POLLED_AT_ONCE = 64
+"""Logs; it takes a fraction of a millisecond."""
 QUIET_PAUSE = 0.002
 """Seconds from one look at a busy log to the next: at once when it was quiet, never one message per append."""
 UNSURE_PAUSE = 0.1
@@ -46,6 +50,7 @@ class Tails:
         self._folders = folders
         self._workers = workers
         self._tails: dict[EventLog, Tail] = {}
+        self._polling: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def follow(self, log: EventLog) -> Iterator[Tail]:
@@ -54,6 +59,7 @@ class Tails:
         if tail is None:
             source: Source = {"repoPath": self._repo, "loopId": log.loop_id}
             tail = self._tails[log] = Tail(log, source, self._folders, self._workers)
+            self._polling = self._polling or asyncio.create_task(self._poll())
         tail.followers += 1
         try:
             yield tail
@@ -62,11 +68,24 @@ class Tails:
             if not tail.followers:
                 del self._tails[log]
                 tail.close()
+                if self._polling is not None and not self._tails:
+                    self._polling.cancel()
+                    self._polling = None
 
     def wake_all(self) -> None:
         """Has every follower look whether it is to end."""
         for tail in self._tails.values():
             tail.wake()
+
+    async def _poll(self) -> None:
+        """Has each tail find out now and then what it has not heard of; some at a time, for all there is one timer."""
+        while True:
+            tails = list(self._tails.values())
+            shares = math.ceil(len(tails) / _POLLED_AT_ONCE)
+            for number in range(shares):
+                await asyncio.sleep(POLL / shares)
+                for tail in tails[number::shares]:
+                    tail.poll()
 
 
 class Tail:
@@ -90,6 +109,9 @@ class Tail:
         """Whether the log keeps what comes, for this."""
         self._has_moved = False
         """Whether the folder may be another one since it was looked for last."""
+        self._changes: Changes | None = None
+        self._stamp: LogStamp | None = None
+        """What the file looked like before the last look."""
         self._waiting: set[asyncio.Future[None]] = set()
         self._wanted = asyncio.Event()
         self._task = asyncio.create_task(self._watch())
@@ -107,6 +129,11 @@ class Tail:
                 woken.set_result(None)
         self._waiting.clear()
         self._wanted.clear()
+
+    def poll(self) -> None:
+        """Finds out whether the log has changed."""
+        if self._changes is not None and self._log.stamp() != self._stamp:
+            self._changes.notice()
 
     async def wait(self, turn: int, timeout: float) -> None:  # noqa: ASYNC109  # a follower's own beat, not a failure
         """Returns when there has been another turn than this, after `timeout` seconds at the latest."""
@@ -134,10 +161,11 @@ class Tail:
 
     async def _watch(self) -> None:
         with self._folders.follow(self._log.open_folder) as changes:
+            self._changes = changes
             while True:
-                stamp, began = self._log.stamp(), time.monotonic()
+                self._stamp, began = self._log.stamp(), time.monotonic()
                 try:
-                    is_all = await self._look(changes, stamp)
+                    is_all = await self._look(changes)
                 except Exception:  # noqa: BLE001  # of whatever kind: whoever follows looks for themselves, and meets it too
                     self.view, self._has_moved, is_all = None, True, True
                     self.wake()
@@ -146,7 +174,7 @@ class Tail:
                     continue
                 pause = self._pause()
                 while not await changes.wait(pause):
-                    if pause < math.inf or self._log.stamp() != stamp:
+                    if pause < math.inf or self._log.stamp() != self._stamp:
                         break
                 if (rest := began + QUIET_PAUSE - time.monotonic()) > 0:
                     await asyncio.sleep(rest)
@@ -159,10 +187,11 @@ class Tail:
             return math.inf
         return UNSURE_PAUSE if self.view.end > READ_AGAIN_AT_ONCE else SETTLED_PAUSE
 
-    async def _look(self, changes: Changes, stamp: LogStamp | None) -> bool:
-        """Looks at what is new in a log that has this stamp; whether that was all."""
+    async def _look(self, changes: Changes) -> bool:
+        """Looks at what is new; whether that was all."""
         with contextlib.closing(self._look_steps()) as look:
-            more = goes_on(look) if self._log.is_quick(stamp) else await self._workers.run(lambda: goes_on(look))
+            is_quick = self._log.is_quick(self._stamp)
+            more = goes_on(look) if is_quick else await self._workers.run(lambda: goes_on(look))
             while more:
                 more = await self._workers.run(lambda: goes_on(look))
         assert self._arrived is not None  # noqa: S101  # that is what the steps have done

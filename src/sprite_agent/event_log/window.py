@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 _MAX_KEPT = 4 * 1024 * 1024
 """Bytes of records, about."""
 _MAX_PORTIONS = 4096
+_MAX_AGE = 2.0
+"""Seconds, to twice as many. Whoever is that far behind reads for themselves, and all that is kept of many logs for
+nobody would have the interpreter look through it for cycles.
+"""
 
 
 class News(NamedTuple):
@@ -42,6 +47,8 @@ class Window:
         self._places: dict[int, int] = {}
         """Numbers of the portions by the offset they begin at, that of the next one included."""
         self._kept = 0
+        self._old, self._noted_at = 0, 0.0
+        """Before this number everything is as old as the moment at least; it goes with the next that is noted."""
         self._lines = 0
         self._is_all = True
         self._made: dict[int, News] = {}
@@ -62,15 +69,16 @@ class Window:
         self._places[portion.end.offset] = self._next_number
         self._kept += portion.size
         while len(self._portions) > 1 and (self._kept > _MAX_KEPT or len(self._portions) > _MAX_PORTIONS):
-            gone = self._portions.popleft()
-            del self._places[gone.start]
-            self._first += 1
-            self._kept -= gone.size
+            self._drop()
 
     def tell(self, *, lines: int, is_all: bool) -> None:
         """Notes how many lines the log had, and whether all of them are in; after every change."""
         self._lines, self._is_all = lines, is_all
         self._made.clear()
+        if (now := time.monotonic()) - self._noted_at >= _MAX_AGE:
+            while self._first < self._old and self._portions:
+                self._drop()
+            self._old, self._noted_at = self._next_number, now
 
     def number_at(self, offset: int) -> int | None:
         """The number of the portion that begins at an offset; None: there is none."""
@@ -90,6 +98,12 @@ class Window:
                 return None
             made = self._made[number] = self._news(number, portions)
         return made
+
+    def _drop(self) -> None:
+        gone = self._portions.popleft()
+        del self._places[gone.start]
+        self._first += 1
+        self._kept -= gone.size
 
     @property
     def _next_number(self) -> int:
