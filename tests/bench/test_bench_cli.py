@@ -131,3 +131,31 @@ def test_a_benchmark_that_fails_takes_no_figure_from_the_others(
     report = json.loads(written.read_text())
     assert (list(report["benchmarks"]), list(report["failures"])) == (["gen"], ["reference"])
     assert chart.exists()
+
+
+def test_the_adapters_of_a_checkout_are_timed_on_the_same_log_and_the_version_of_jq_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stand-ins: what they print is not looked at, but they get the log that they would read."""
+    asked = tmp_path / "asked"
+    _executable(tmp_path / "jq", 'test "$1" = --version && echo jq-1.7.1')
+    _executable(tmp_path / "poll", f'echo "$@" >> {asked}; test "$(wc -l < "$2/.superloop/loops/$4/events.jsonl")" = 2')
+    _executable(tmp_path / "snapshot", "sleep 0.05")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    adapters = ("--reference", str(tmp_path), "--reference-poll", "poll", "--reference-snapshot", "snapshot")
+    written = tmp_path / "report.json"
+
+    assert run(["reference", "--quick", *adapters, "--json", str(written)]) == 0
+
+    found = json.loads(written.read_text())["benchmarks"]["reference"]
+    figures = found["figures"]
+    assert found["notes"] == {"jq": "jq-1.7.1"}
+    assert "jq-1.7.1" in figures["reference.poll"]["text"]
+    assert figures["reference.snapshot"]["median"] >= 50
+    assert 0 < figures["reference.poll"]["median"] < figures["reference.snapshot"]["median"]
+    assert asked.read_text().splitlines()[0].split()[4:] == ["--from-start"]
+
+
+def _executable(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from functools import partial
@@ -35,6 +36,8 @@ GAPS = Sized(full=(0.005, 0.066), gate=(0.04, 0.06), quick=(0.005, 0.066))
 things to do, a hundred followers would get behind, and what is measured then is a queue.
 """
 FLAT_OUT_LINES = Sized(full=20_000, gate=5_000, quick=500)
+HURRIED_RATE = 20_000
+"""Lines a second: a thousand times what a busy loop writes, and less than fills the processors."""
 IDLE_SECONDS = Sized(full=10.0, quick=1.0)
 """Twice: each as long as one heartbeat of every follower."""
 
@@ -80,11 +83,13 @@ class _Scene:
             self.write()
         return self.collect(self.appends).delays
 
-    def flat_out(self, lines: int) -> tuple[list[float], float]:
-        """Milliseconds of each delivery from a writer that does not pause, and its lines a second."""
+    def flat_out(self, lines: int, rate: float = math.inf) -> tuple[list[float], float]:
+        """Milliseconds of each delivery from a writer that pauses only when it is ahead, and its lines a second."""
         self.follow(1)
         began = time.perf_counter()
-        for _ in range(lines):
+        for number in range(lines):
+            while (ahead := began + number / rate - time.perf_counter()) > 0:
+                time.sleep(ahead)
             self.write()
         seconds = time.perf_counter() - began
         return self.collect(lines).delays, lines / seconds
@@ -104,17 +109,16 @@ def run(plan: Plan) -> Result:
         rounds = interleaved(plan, "live", arms)
         plan.say("live: a writer that does not pause")
         lines = plan.sized(FLAT_OUT_LINES)
-        hurried = [scene.flat_out(lines) for _ in range(plan.rounds)]
+        flat_out = [scene.flat_out(lines) for _ in range(plan.rounds)]
+        hurried = [scene.flat_out(lines, HURRIED_RATE) for _ in range(plan.rounds)]
         plan.say("live: nothing happens, 100 followers")
         idle = _idle(plan, scene)
     return Result(
         figures=(
             *_latencies(rounds, counts),
-            figure("live.flat_out.p99", [quantile(delays, 0.99) for delays, _ in hurried], noise=_spread_of(hurried)),
-            figure(
-                "live.flat_out.p50", [quantile(delays, 0.5) for delays, _ in hurried], "ms", text="live: p50 with it"
-            ),
-            figure("live.flat_out.rate", [rate for _, rate in hurried], "lines/s", text="live: what it writes"),
+            figure("live.flat_out.p99", [quantile(delays, 0.99) for delays, _ in flat_out], noise=_spread_of(flat_out)),
+            *_hurried("live.flat_out", "with it", flat_out, (0.5,)),
+            *_hurried("live.hurried", f"with one of {HURRIED_RATE:,} lines/s", hurried, (0.5, 0.99)),
             *idle,
             figure("live.lost", scene.tally.lost),
             figure("live.doubled", scene.tally.doubled),
@@ -155,9 +159,24 @@ def _medians(rounds: list[list[float]]) -> list[float]:
     return [quantile(delays, 0.5) for delays in rounds]
 
 
-def _spread_of(hurried: list[tuple[list[float], float]]) -> float:
-    """How far the rounds of the hurried writer lie from their median."""
-    found = spread([quantile(delays, 0.99) for delays, _ in hurried])
+def _hurried(
+    head: str, text: str, rounds: list[tuple[list[float], float]], quantiles: tuple[float, ...]
+) -> list[Figure]:
+    figures = [
+        figure(
+            f"{head}.p{share * 100:.0f}",
+            [quantile(delays, share) for delays, _ in rounds],
+            "ms",
+            text=f"live: p{share * 100:.0f} {text}",
+        )
+        for share in quantiles
+    ]
+    return [*figures, figure(f"{head}.rate", [rate for _, rate in rounds], "lines/s", text=f"live: written {text}")]
+
+
+def _spread_of(rounds: list[tuple[list[float], float]]) -> float:
+    """How far the rounds of a writer lie from their median."""
+    found = spread([quantile(delays, 0.99) for delays, _ in rounds])
     low, high = found.quartiles
     return max(found.median - low, high - found.median) / found.median
 
