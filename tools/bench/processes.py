@@ -108,8 +108,9 @@ _loop = asyncio.new_event_loop()
 
 
 def _prepare() -> None:
-    """Makes a worker of this process, as `opsmgr` itself is set up. It ends with the bench, however that ends."""
+    """Makes a worker of this process, set up as `opsmgr run` is. It ends with the bench, however that ends."""
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _raise_file_limit()
     threading.Thread(target=_loop.run_forever, daemon=True).start()

@@ -26,6 +26,7 @@ def run(*, config_file: Path | None, metrics: str | None, log_level: str) -> Non
     Each target's files are kept up to date as by 'reconcile'; 'opsmgr status' tells how they are.
     """
     import asyncio
+    import gc
     from dataclasses import replace
 
     from opsmgr.config import find_config, load_config
@@ -37,4 +38,5 @@ def run(*, config_file: Path | None, metrics: str | None, log_level: str) -> Non
         config = load_config(find_config(config_file))
         if metrics is not None:
             config = replace(config, fleet=replace(config.fleet, metrics=metrics))
+        gc.freeze()  # what was imported stays: no collection needs to go through it again
         asyncio.run(daemon.run(config))
