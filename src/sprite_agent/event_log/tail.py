@@ -81,7 +81,7 @@ class Tails:
         """Has each tail find out now and then what it has not heard of; some at a time, for all there is one timer."""
         while True:
             tails = list(self._tails.values())
-            shares = math.ceil(len(tails) / _POLLED_AT_ONCE)
+            shares = max(1, math.ceil(len(tails) / _POLLED_AT_ONCE))
             for number in range(shares):
                 await asyncio.sleep(POLL / shares)
                 for tail in tails[number::shares]:
