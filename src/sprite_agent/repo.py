@@ -214,7 +214,6 @@ class Repo:
         """
         if (known := self._logs.get(loop_id)) is not None:
             return known
-        if not (self.path / loop_paths(loop_id).root).is_dir():  # else anybody could fill the table with names
-            self._files.require_loop(loop_id)
+        self._files.require_loop(loop_id)  # else anybody could fill the table with names
         with self._lock:
             return self._logs.setdefault(loop_id, EventLog(self._files, loop_id, patience=self._patience))

@@ -314,6 +314,23 @@ def test_an_execution_is_never_run_twice(folder: StateFolder, lane: int, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_command_that_is_not_released_is_never_run_and_leaves_nothing(folder: StateFolder, tmp_path: Path) -> None:
+    """As when its row can't be committed: the lane is free as soon as the caller lets go of it."""
+    executions = Executions(folder.executions)
+    with (
+        pytest.raises(ValueError, match="no row"),
+        folder.lane(0) as lane,
+        executions.ready(KEY, ["touch", str(tmp_path / "ran")], lane) as execution,
+    ):
+        raise ValueError("no row")
+
+    assert list(folder.executions.iterdir()) == []
+    with folder.lane(0) as lane:
+        assert carried_out(executions, KEY, ["true"], lane) is not None
+    assert not execution.was_released
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("program", [("/nowhere/python",), (sys.executable, "-c", "raise SystemExit(3)")])
 def test_an_executor_that_did_not_begin_has_run_nothing(
     folder: StateFolder, lane: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: tuple[str, ...]

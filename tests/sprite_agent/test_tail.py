@@ -14,6 +14,8 @@ from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import EventMalformed, EventsNotFound
 from sprite_agent.event_log import newest, window
+from sprite_agent.event_log import tail as tail_module
+from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.repo import Repo
@@ -155,7 +157,7 @@ async def test_all_who_are_at_the_same_place_are_given_the_same_batch(repo: Repo
 @pytest.mark.parametrize("raw", [True, False])
 async def test_a_burst_comes_in_batches_of_bounded_size(repo: Repo, loop: LoopFiles, *, raw: bool) -> None:
     query = EventQuery(loop_id=LOOP, follow=True)
-    sizes, seen = [], 0
+    sizes, seen, ends = [], 0, []
     async with contextlib.aclosing(repo.stream_events(query, raw=raw)) as batches:
         await anext(batches)
         asking = asyncio.ensure_future(anext(batches))
@@ -166,10 +168,12 @@ async def test_a_burst_comes_in_batches_of_bounded_size(repo: Repo, loop: LoopFi
             texts = [text for _, text in batch.raw_events] or [found["event"]["raw"].text for found in batch.events]  # type: ignore[attr-defined]  # an OpenObject
             seen += len(texts)
             sizes.append((len(texts), sum(map(len, texts))))
+            ends.append(batch.caught_up)
             if seen < 900:
                 batch = await asyncio.wait_for(anext(batches), 10)
 
     assert seen == 900
+    assert not any(ends[:-1])  # though a look takes only a part of it
     assert max(count for count, _ in sizes) <= MAX_BATCH_EVENTS
     assert max(size for _, size in sizes) <= MAX_BATCH_BYTES
 
@@ -252,6 +256,22 @@ async def test_a_look_that_fails_is_made_good_by_the_followers_own(
                 assert await follower.until_lines(number) == list(range(1, number + 1))
 
     assert not failures
+
+
+async def test_a_change_of_which_nobody_tells_is_found_by_the_poll(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system; of a log that is read again by now, so that nothing else looks."""
+    monkeypatch.setattr(tail_module, "POLL", 0.1)
+    monkeypatch.setattr(tail_module, "SETTLED_PAUSE", 0.1)
+    monkeypatch.setattr(FolderWatch, "_wake", lambda watch: watch._inotify.read(timeout=0))  # noqa: SLF001  # and says nothing
+    async with following(repo, loop, 2) as followers:
+        (tail,) = repo._tails._tails.values()  # noqa: SLF001  # nothing public tells
+        asking = [asyncio.ensure_future(follower.until_lines(3)) for follower in followers]
+        await eventually(lambda: tail.view is not None and tail.view.is_sure, "the log is read again")
+        loop.append(numbered(3, 3))
+
+        assert await asyncio.gather(*asking) == [[1, 2, 3]] * 2
 
 
 async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: LoopFiles) -> None:
