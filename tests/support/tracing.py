@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 INJECTED = "(INJECTED)"
 """What a line of the trace says of a call that was made to fail."""
+
+_UNFINISHED = "<unfinished ...>"
+_RESUMED = re.compile(r"<\.\.\. (\w+) resumed>")
+_SYNCS = ("fsync", "fdatasync", "rename", "unlink")
 
 
 class Trace:
@@ -43,4 +48,27 @@ class Trace:
     def lines(self) -> list[str]:
         """The calls in their order, once all the processes have ended."""
         self._strace.communicate(timeout=DEADLINE)
-        return self._output.read_text().splitlines()
+        return _joined(self._output.read_text().splitlines())
+
+
+def _joined(lines: list[str]) -> list[str]:
+    """The calls each on one line, also those during which another process made one.
+
+    What is to be on the disk is where the call has ended, whatever else where it began.
+    """
+    found: list[str] = []
+    begun: dict[str, int] = {}
+    for line in lines:
+        pid, call = line.split(maxsplit=1)
+        resumed = _RESUMED.match(call)
+        if resumed is None:
+            if call.endswith(_UNFINISHED):
+                begun[pid] = len(found)
+            found.append(line)
+            continue
+        place = begun.pop(pid)
+        whole = found[place].removesuffix(_UNFINISHED).rstrip() + call[resumed.end() :]
+        found[place] = "" if resumed[1] in _SYNCS else whole
+        if resumed[1] in _SYNCS:
+            found.append(whole)
+    return [line for line in found if line]
