@@ -41,14 +41,14 @@ async def answers(stub: Any, agent: Agent, **members: Any) -> list[pb.StreamEven
 
 
 def told(responses: list[pb.StreamEventsResponse]) -> list[Any]:
-    """All that the responses say, but for when."""
+    """All that the responses say, but for when, and how they divide it: that depends on how fast the machine is."""
     found: list[Any] = []
-    for batch in (batch_from(response, TRACE) for response in responses):
-        for envelope in batch.events:
-            texts = [part.text if isinstance(part, OpenObject) else part for part in _open_objects(envelope)]
-            found.append(({**envelope, "emittedAt": ""}, texts))
-        found += [batch.cursor, batch.resume_token, batch.caught_up, batch.skipped]
-    return found
+    batches = [batch_from(response, TRACE) for response in responses]
+    for envelope in (sent for batch in batches for sent in batch.events):
+        texts = [part.text if isinstance(part, OpenObject) else part for part in _open_objects(envelope)]
+        found.append(({**envelope, "emittedAt": ""}, texts))
+    found += [record for batch in batches for record in batch.skipped]
+    return [*found, batches[-1].cursor, batches[-1].resume_token, batches[-1].caught_up]
 
 
 def _open_objects(envelope: Any) -> list[Any]:
@@ -113,15 +113,63 @@ async def test_what_comes_while_a_stream_follows_is_told_alike(stub: Any, agent:
 def test_a_raw_event_that_is_none_is_refused(text: str, fault: str) -> None:
     message = pb.StreamEventsResponse(emitted_at="2026-01-01T00:00:00Z")
     message.source.repo_path, message.source.loop_id = "/repo", LOOP
-    message.raw_events.add(line=1, json=text)
+    message.raw_events.add(line=1, json=text, record_count=1)
 
     with pytest.raises(ContractError, match=fault):
         batch_from(message)
 
 
+EVENT = '{"timestamp":"t","event":"e"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "record_count", "fault"),
+    [
+        (EVENT, 0, "0 raw events are 1 lines"),
+        (EVENT, 2, "2 raw events are 1 lines"),
+        (EVENT, -1, "-1 raw events"),
+        (f"{EVENT}\n{EVENT}\n{EVENT}", 2, "2 raw events are 3 lines"),
+        (f"{EVENT}\n{EVENT}", 1, "not JSON"),
+        (f"{EVENT}\n", 2, "not JSON"),
+        (f"{EVENT}{EVENT}\n\n", 3, "not JSON"),
+        (f'{EVENT} {EVENT}\n{{"timestamp":"t",\n"event":"e"}}', 3, "not JSON"),
+        (f"{EVENT}\n[1]\n{EVENT}", 3, "a JSON array"),
+        (f'{EVENT}\n{EVENT}\n{{"timestamp":"t"}}', 3, "event.name"),
+    ],
+)
+def test_raw_events_that_are_not_as_many_events_as_they_are_said_to_be_are_refused(
+    text: str, record_count: int, fault: str
+) -> None:
+    message = pb.StreamEventsResponse(emitted_at="2026-01-01T00:00:00Z")
+    message.source.repo_path, message.source.loop_id = "/repo", LOOP
+    message.raw_events.add(line=1, json=text, record_count=record_count)
+
+    with pytest.raises(ContractError, match=fault):
+        batch_from(message)
+
+
+async def test_records_on_consecutive_lines_travel_together(stub: Any, agent: Agent, repo: LoopFiles) -> None:
+    repo.append(line(event(n=1)) * 3, b"\n", line(event(n=5)), lines(event("usage_check", n=6)), line(event(n=7)) * 2)
+
+    (response,) = await answers(stub, agent, raw_events=True)
+
+    together = [(raw.line, raw.record_count) for raw in response.raw_events]
+    after = lines(event("usage_check", n=6)).count(b"\n")
+    assert together == [(1, 3), (5, 1), (5 + after, 1), (6 + after, 2)]
+
+
+async def test_a_malformed_record_stops_only_those_after_it(stub: Any, agent: Agent, repo: LoopFiles) -> None:
+    repo.append(line(event(n=1)) * 3, b'{"timestamp":1}\n', line(event(n=5)) * 2)
+
+    (response,) = await answers(stub, agent, raw_events=True)
+
+    assert [envelope["cursor"]["eventLineOffset"] for envelope in batch_from(response).events] == [1, 2, 3, 5, 6]
+    assert [record.first_line for record in response.skipped] == [4]
+
+
 def test_raw_events_without_a_source_are_refused() -> None:
     message = pb.StreamEventsResponse(emitted_at="2026-01-01T00:00:00Z")
-    message.raw_events.add(line=1, json='{"timestamp":"t","event":"e"}')
+    message.raw_events.add(line=1, json=EVENT, record_count=1)
 
     with pytest.raises(ContractError, match="source"):
         batch_from(message)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sprite_agent.contract.streaming import EventBatch
     from sprite_agent.event_log.index import LogView
     from sprite_agent.event_log.pieces import Pace, Steps
-    from sprite_agent.event_log.records import Record
+    from sprite_agent.event_log.records import Record, Run
     from support.repos import LoopFiles
 
 RECORDS = 900
@@ -240,11 +240,11 @@ async def test_bounded_for_a_slow_reader(
     read = 0
     whole = LogReader.take
 
-    def counting(reader: LogReader, end: int, pace: Pace) -> Record | None:
+    def counting(reader: LogReader, end: int, pace: Pace, most: tuple[int, int]) -> Run | Record | None:
         nonlocal read
-        record = whole(reader, end, pace)
-        read += len(record.text) if record else 0
-        return record
+        found = whole(reader, end, pace, most)
+        read += len(found.text) if found else 0
+        return found
 
     monkeypatch.setattr(LogReader, "take", counting)
     async with follower(transport, heartbeat_interval=60.0) as following:

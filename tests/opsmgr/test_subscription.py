@@ -129,7 +129,7 @@ async def test_a_subscription_brings_every_event_once_over_connections_that_are_
     repo.append(numbered(1, 3000))
     chance = random.Random(seed)  # noqa: S311  # the same cuts each time
     async with (
-        ChaosProxy(agent.address, lambda: Weather(cut_after=chance.randrange(200, 400_000))) as proxy,
+        ChaosProxy(agent.address, lambda: Weather(cut_after=chance.randrange(200, 200_000))) as proxy,
         reaching(proxy.address) as transport,
         Follower(subscribe(transport, query(max_events=3300), policy=PATIENT)) as following,
     ):

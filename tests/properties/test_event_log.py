@@ -20,13 +20,14 @@ from sprite_agent.event_log import newest, records, rereading, resume
 from sprite_agent.event_log import reader as log_reader
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.pieces import Pace, finished
-from sprite_agent.event_log.records import value_of
+from sprite_agent.event_log.records import RUN_BYTES, values_of
 from support.logs import records_of, rest
 from support.repos import LOOP, LoopFiles, event, line, lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sprite_agent.contract.streaming import RawEvents
     from sprite_agent.event_log.newest import Portion
     from sprite_agent.event_log.records import Record
 
@@ -55,6 +56,7 @@ long_logs = st.lists(
     ),
     max_size=12,
 ).map(b"".join)
+chunks = st.sampled_from([50, 500])
 torn = st.sampled_from([b"", b'{"torn', b" ", b"{"])
 
 
@@ -79,32 +81,44 @@ def assert_like(portions: list[Portion], expected: list[Record]) -> None:
     """Fails unless the portions hold these records: each whose records are all events, as they are, else none."""
     for portion in portions:
         within = [record for record in expected if portion.start < record.end <= portion.end.offset]
-        texts = [(record.last_line, record.text.decode(errors="replace")) for record in within]
-        assert portion.events == (texts if all(is_event(record) for record in within) else None)
-        assert portion.size == sum(len(record.text) for record in within)
+        assert (portion.events is not None) == all(is_event(record) for record in within)
+        if portion.events is not None:
+            assert portion.record_count == sum(raw.record_count for raw in portion.events) == len(within)
+            assert told(portion.events) == [(record.last_line, record.text.decode()) for record in within]
+        assert 0 <= portion.size - sum(len(record.text) for record in within) <= len(within)  # newlines within runs
     assert all(any(portion.start < record.end <= portion.end.offset for portion in portions) for record in expected)
+
+
+def told(raw_events: list[RawEvents]) -> list[tuple[int, str]]:
+    """Each event by itself, with its line."""
+    return [
+        (number, text)
+        for raw in raw_events
+        for number, text in enumerate(raw.text.split("\n") if raw.record_count > 1 else [raw.text], raw.line)
+    ]
 
 
 def is_event(record: Record) -> bool:
     """Whether an envelope can be made of a judged record."""
     try:
-        builder().check(value_of(record), record.last_line)
+        builder().check(values_of(record), record.last_line)
     except ContractError:
         return False
     return True
 
 
 @contextlib.contextmanager
-def small_limits() -> Iterator[None]:
+def small_limits(chunk: int = 50) -> Iterator[None]:
     """Has logs read in small pieces and records end soon, so that a short log is a long one."""
     with (
-        patch.object(log_reader, "CHUNK", 50),
-        patch.object(log_index, "CHUNK", 50),
-        patch.object(rereading, "CHUNK", 50),
+        patch.object(log_reader, "CHUNK", chunk),
+        patch.object(log_index, "CHUNK", chunk),
+        patch.object(rereading, "CHUNK", chunk),
+        patch.object(records, "RUN_BYTES", 190),
         patch.object(resume, "_FAR", 30),
         patch.object(resume, "WINDOW_BYTES", 20),
         patch.object(records, "MAX_RECORD_BYTES", 200),
-        patch.object(log_module, "_NEWEST_BYTES", 120),
+        patch.object(log_module, "_NEWEST_BYTES", chunk + 70),
     ):
         yield
 
@@ -132,8 +146,10 @@ def test_a_log_looked_at_after_each_write_is_the_log_looked_at_once(
 
 
 @settings(max_examples=50)
-@given(logs, torn)
-def test_from_any_line_and_any_token_on_the_remaining_records_are_read(content: bytes, tail: bytes) -> None:
+@given(logs, torn, st.integers(1, 4))
+def test_from_any_line_and_any_token_on_the_remaining_records_are_read(
+    content: bytes, tail: bytes, together: int
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         loop = LoopFiles(Path(folder))
         loop.append(content + tail)
@@ -145,7 +161,7 @@ def test_from_any_line_and_any_token_on_the_remaining_records_are_read(content: 
             assert rest(log, log.reader_after_line(offset)) == remaining
         with log.reader_after_line(0) as reader:
             tokens = [(reader.position, str(reader.token()))]
-            while reader.take(len(content), Pace()):
+            while reader.take(len(content), Pace(), (together, RUN_BYTES)):
                 tokens.append((reader.position, str(reader.token())))
         for place, token in tokens:
             remaining = [record for record in everything if record.last_line > place.line]
@@ -153,9 +169,9 @@ def test_from_any_line_and_any_token_on_the_remaining_records_are_read(content: 
 
 
 @settings(max_examples=100)
-@given(long_logs, torn)
-def test_tokens_made_on_the_way_are_as_good_as_any(content: bytes, tail: bytes) -> None:
-    with small_limits(), tempfile.TemporaryDirectory() as folder:
+@given(long_logs, torn, chunks, st.integers(1, 4))
+def test_tokens_made_on_the_way_are_as_good_as_any(content: bytes, tail: bytes, chunk: int, together: int) -> None:
+    with small_limits(chunk), tempfile.TemporaryDirectory() as folder:
         loop = LoopFiles(Path(folder))
         loop.append(content + tail)
         log = EventLog(ArtifactFiles(loop.repo), LOOP)
@@ -163,7 +179,7 @@ def test_tokens_made_on_the_way_are_as_good_as_any(content: bytes, tail: bytes) 
 
         with log.reader_after_line(0) as reader:
             while not reader.at_end(len(content)):
-                reader.take(len(content), Pace())
+                reader.take(len(content), Pace(), (together, RUN_BYTES))
                 remaining = [record for record in everything if record.last_line > reader.position.line]
                 assert rest(log, log.reader_after_token(str(reader.token()))) == remaining
         assert rest(log, log.reader_after_token(str(log.refresh().token))) == []
@@ -197,7 +213,7 @@ def test_the_portions_of_what_comes_are_all_of_it_each_with_a_token_as_good_as_a
     data: st.DataObject, content: bytes
 ) -> None:
     with contextlib.ExitStack() as stack, patch.object(newest, "MAX_BATCH_EVENTS", 3):
-        stack.enter_context(small_limits())
+        stack.enter_context(small_limits(data.draw(chunks)))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         loop = LoopFiles(Path(folder))
         before = data.draw(st.integers(0, len(content)))

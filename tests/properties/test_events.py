@@ -43,7 +43,7 @@ def builder(*, whole: bool) -> EventBuilder:
 def outcome(made: EventBuilder, text: str, line: int) -> Any:
     """The envelope, or what is wrong and where."""
     try:
-        return made.build(json_text.object_in(text), text, line)
+        return made.build([json_text.object_in(text)], [text], line)[0]
     except ContractError as error:
         return error.path, error.message
 
@@ -64,7 +64,7 @@ def test_what_is_checked_in_parts_is_what_the_whole_schema_says(record: dict[str
 def test_a_record_is_checked_as_it_is_built(record: dict[str, Any]) -> None:
     text = json_text.encode(record).decode()
     try:
-        builder(whole=False).check(json_text.object_in(text), 1)
+        builder(whole=False).check([json_text.object_in(text)], 1)
         refusal = None
     except ContractError as error:
         refusal = (error.path, error.message)

@@ -81,7 +81,7 @@ deep_logs = st.lists(
 
 @pytest.fixture(autouse=True)
 def _small_records() -> Iterator[None]:
-    with patch.object(records, "MAX_RECORD_BYTES", LIMIT):
+    with patch.object(records, "MAX_RECORD_BYTES", LIMIT), patch.object(records, "RUN_BYTES", LIMIT - 1):
         yield
 
 
@@ -140,9 +140,10 @@ def _refused(constant: str) -> None:
     raise ValueError(constant)
 
 
-@given(logs)
-def test_the_records_are_those_that_the_contract_describes(log: bytes) -> None:
+@given(logs, st.booleans())
+def test_the_records_are_those_that_the_contract_describes(log: bytes, judges: bool) -> None:  # noqa: FBT001  # hypothesis
     reader = RecordReader()
+    reader.judge(wanted=judges)
 
     found = fed(reader, log)
 
@@ -159,12 +160,14 @@ def test_objects_nested_too_deep_are_malformed_and_those_inside_them_are_not(log
 @given(st.data(), logs)
 def test_the_records_are_the_same_however_the_bytes_arrive(data: st.DataObject, log: bytes) -> None:
     whole, split = RecordReader(), RecordReader()
+    split.judge(wanted=data.draw(st.booleans()))
     expected = fed(whole, log)
 
     found = []
     rest = log
     while rest:
         size = data.draw(st.integers(1, min(len(rest), 2 * LIMIT)))
+        split.most = (data.draw(st.integers(1, 5)), data.draw(st.integers(-1, LIMIT)))
         found += fed(split, rest[:size])
         rest = rest[size:]
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from sprite_agent.contract.streaming import EventBatch
     from sprite_agent.errors import OpsError
     from sprite_agent.event_log.pieces import Pace
-    from sprite_agent.event_log.records import Record
+    from sprite_agent.event_log.records import Record, Run
 
 SPACED = b"".join(
     [
@@ -783,10 +784,10 @@ async def test_a_stream_that_is_cancelled_while_it_reads_closes_nothing_under_th
     reading, closed = threading.Event(), threading.Event()
     take, close = LogReader.take, LogReader.close
 
-    def slow_take(reader: LogReader, end: int, pace: Pace) -> Record | None:
+    def slow_take(reader: LogReader, end: int, pace: Pace, most: tuple[int, int]) -> Run | Record | None:
         reading.set()
         assert not closed.wait(0.05)
-        return take(reader, end, pace)
+        return take(reader, end, pace, most)
 
     def noted_close(reader: LogReader) -> None:
         closed.set()
@@ -908,6 +909,24 @@ async def test_streams_end_when_asked_to_without_inotify_too(
         repo.end_streams()
 
         assert len(await follower.to_end()) == 2
+
+
+async def test_a_stream_whose_reader_waits_holds_texts_and_nothing_parsed(repo: Repo, loop: LoopFiles) -> None:
+    """Parsed, these lines are thirty times as large."""
+    loop.append(line(event(x=[[]] * 60)) * 1000)
+    repo.read_loop(LOOP)
+    tracemalloc.start()
+    try:
+        streams = [repo.stream_events(EventQuery(loop_id=LOOP), raw=True) for _ in range(10)]
+        for stream in streams:
+            await anext(stream)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    for stream in streams:
+        await stream.aclose()
+
+    assert held < 10 * 4 * MAX_BATCH_BYTES
 
 
 async def test_a_stream_ends_at_its_age(loop: LoopFiles, tmp_path: Path) -> None:

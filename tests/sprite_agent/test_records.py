@@ -285,16 +285,22 @@ HOSTILE = {
     "nested deep and closed": b'{"a":' + b"[" * 25_000 + b"]" * 25_000 + b"}\n",
     "brackets in strings": b'{"a":[' + b'"[",' * 12_000 + b"1]}\n",
     "NULs": b"\0" * 50_000 + b"\n",
+    "blank lines between objects": b"{}\n\n" * 16_000,
+    "blank lines between others": b"x\n \n" * 12_000,
+    "objects between others": b"{}\nx\n" * 10_000,
     "a line without end": b"x" * 50_000,
 }
 
 
+@pytest.mark.parametrize("judges", [False, True], ids=["unjudged", "judged"])
 @pytest.mark.parametrize("log", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_log_is_read_in_short_pieces_at_a_cost_that_grows_with_it_alone(log: bytes) -> None:
+def test_a_hostile_log_is_read_in_short_pieces_at_a_cost_that_grows_with_it_alone(log: bytes, *, judges: bool) -> None:
     """Fifty kilobytes each, by the clock of the thread: others may be at work on the machine."""
+    reader = RecordReader()
+    reader.judge(wanted=judges)
     began = last = time.thread_time()
     longest = 0.0
-    for _ in RecordReader().feed(log):
+    for _ in reader.feed(log):
         now = time.thread_time()
         longest, last = max(longest, now - last), now
 

@@ -24,7 +24,7 @@ from support.repos import LOOP, LoopFiles, event, line
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     counted: Counter[int] = Counter()
     check = EventBuilder.check
 
-    def counting(builder: EventBuilder, value: dict[str, Any], number: int) -> None:
-        counted[number] += 1
-        check(builder, value, number)
+    def counting(builder: EventBuilder, values: Sequence[dict[str, Any]], line: int) -> None:
+        counted.update(range(line, line + len(values)))
+        check(builder, values, line)
 
     monkeypatch.setattr(EventBuilder, "check", counting)
     return counted
@@ -150,7 +150,7 @@ async def test_all_who_are_at_the_same_place_are_given_the_same_batch(repo: Repo
 
         batches = await asyncio.gather(*asking)
 
-    assert [number for number, _ in batches[0].raw_events] == [2]
+    assert [raw.line for raw in batches[0].raw_events] == [2]
     assert all(batch is batches[0] for batch in batches)
 
 
@@ -165,7 +165,8 @@ async def test_a_burst_comes_in_batches_of_bounded_size(repo: Repo, loop: LoopFi
         loop.append(numbered(1, 3 * MAX_BATCH_EVENTS), numbered(601, 900, width=2000))
         batch = await asking
         while seen < 900:
-            texts = [text for _, text in batch.raw_events] or [found["event"]["raw"].text for found in batch.events]  # type: ignore[attr-defined]  # an OpenObject
+            texts = [text for sent in batch.raw_events for text in sent.text.split("\n")]
+            texts = texts or [found["event"]["raw"].text for found in batch.events]  # type: ignore[attr-defined]  # an OpenObject
             seen += len(texts)
             sizes.append((len(texts), sum(map(len, texts))))
             ends.append(batch.caught_up)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sprite_agent.event_log.pieces import Pace
-from sprite_agent.event_log.records import RecordReader, judged
+from sprite_agent.event_log.records import RecordReader, Run, judged
 from support.repos import event, line
 
 if TYPE_CHECKING:
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 def fed(reader: RecordReader, data: bytes) -> list[Record]:
     """The records that `data` completes, judged."""
-    return [judged(record) for record in reader.feed(data) if record is not None]
+    return [record for found in reader.feed(data) for record in records_in(found)]
+
+
+def records_in(found: Run | Record | None) -> list[Record]:
+    """The records that were found together, judged."""
+    if isinstance(found, Run):
+        records = [judged(record) for record in found.records()]
+        assert found.values is None or found.values == [record.value for record in records]
+        return records
+    return [] if found is None else [judged(found)]
 
 
 def records_of(content: bytes) -> list[Record]:
@@ -31,11 +40,11 @@ def numbered(count: int, first: int = 1, width: int = 0) -> bytes:
 
 def taken(reader: LogReader, end: int) -> list[Record]:
     """The records up to byte `end` of the log."""
-    found = []
+    found: list[Record] = []
     while not reader.at_end(end):
         pace = Pace()
-        while (record := reader.take(end, pace)) is not None:
-            found.append(judged(record))
+        while (some := reader.take(end, pace)) is not None:
+            found += records_in(some)
     return found
 
 

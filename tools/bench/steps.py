@@ -11,9 +11,10 @@ import orjson
 
 from sprite_agent.contract import mirror
 from sprite_agent.contract.events import EventBuilder
-from sprite_agent.contract.json_text import object_in
+from sprite_agent.contract.json_text import objects_in
 from sprite_agent.contract.validation import validate
-from sprite_agent.event_log.records import RecordReader
+from sprite_agent.event_log.newest import raw_events
+from sprite_agent.event_log.records import RUN_BYTES, RecordReader
 from sprite_agent.v1 import service_pb2 as pb
 from tools.bench.floors import BATCH_LINES
 from tools.bench.logs import LOOP
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from sprite_agent.contract.envelopes import EventEnvelope
-    from sprite_agent.event_log.records import Record
+    from sprite_agent.contract.streaming import RawEvents
 
 _T = TypeVar("_T")
 
@@ -39,7 +40,7 @@ class Steps:
             emitted_at="2026-01-02T03:04:05Z",
             line_count=len(self._lines),
         )
-        self._raw = [(object_in(line), line.decode(), number) for number, line in enumerate(self._lines, 1)]
+        self._raw = self._records()
         self._envelopes = self._build()
         self._messages = self._to_messages()
         self._mirrors = self._mirror()
@@ -50,42 +51,35 @@ class Steps:
         return {
             "floor: orjson.loads": lambda: [orjson.loads(line) for line in self._lines],
             "floor: split lines": self._text.splitlines,
-            "agent: records, judged": self._records,
-            "agent: build and validate": self._check,
+            "agent: records, checked": self._records,
             "agent: raw to message": self._to_messages,
             "agent: serialize": self._serialize,
             "manager: parse": lambda: [pb.StreamEventsResponse.FromString(data) for data in self._sent],
-            "manager: JSON of raw": lambda: [object_in(raw.json) for sent in self._messages for raw in sent.raw_events],
             "manager: build and validate": self._build,
+            "of that, JSON": lambda: [objects_in(raw.text.split("\n")) for raw in self._raw],
             "of that, validation": self._validate,
             "not raw: mirror to message": self._mirror,
             "not raw: mirror back": self._mirror_back,
         }
 
-    def _records(self) -> list[Record]:
+    def _records(self) -> list[RawEvents]:
         reader = RecordReader()
         reader.judge(wanted=True)
-        return [record for record in reader.feed(self._text) if record is not None]
-
-    def _check(self) -> None:
-        for value, _, line in self._raw:
-            self._builder.check(value, line)
+        reader.most = (BATCH_LINES, RUN_BYTES)
+        return [raw_events(found, self._builder) for found in reader.feed(self._text) if found is not None]
 
     def _to_messages(self) -> list[pb.StreamEventsResponse]:
         messages = []
-        for batch in _batched(self._raw):
+        for raw in self._raw:
             messages.append(message := pb.StreamEventsResponse())
-            for _, text, line in batch:
-                event = message.raw_events.add()
-                event.line = line
-                event.json = text
+            message.raw_events.add(line=raw.line, json=raw.text, record_count=raw.record_count)
         return messages
 
     def _serialize(self) -> list[bytes]:
         return [message.SerializeToString() for message in self._messages]
 
     def _build(self) -> list[EventEnvelope]:
-        return [self._builder.build(value, text, line) for value, text, line in self._raw]
+        return [envelope for raw in self._raw for envelope in self._builder.whole(raw)]
 
     def _validate(self) -> None:
         for envelope in self._envelopes:

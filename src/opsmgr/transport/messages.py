@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprite_agent.contract import control_mirror, mirror
 from sprite_agent.contract.events import EventBuilder
-from sprite_agent.contract.json_text import object_in
-from sprite_agent.contract.streaming import EventBatch, SkippedRecord
+from sprite_agent.contract.streaming import EventBatch, RawEvents, SkippedRecord
 from sprite_agent.contract.validation import validate
 from sprite_agent.v1 import service_pb2 as pb
 
@@ -79,8 +78,7 @@ def _built(message: pb.StreamEventsResponse, trace_id: str | None) -> Iterator[E
         line_count=message.cursor.event_line_count,
     )
     for raw in message.raw_events:
-        text = raw.json
-        yield builder.build(object_in(text), text, raw.line)
+        yield from builder.whole(RawEvents(raw.line, raw.json, raw.record_count))
 
 
 def result_from(message: Any) -> ControlResult:

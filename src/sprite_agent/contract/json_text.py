@@ -6,11 +6,14 @@ import functools
 import itertools
 import math
 import re
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from sprite_agent.errors import ContractError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_DEPTH = 256
 """Deepest nesting of an open object. A fixed limit, so that both sides of the wire refuse the same texts."""
@@ -78,8 +81,7 @@ def parse(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
 def attempt(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> tuple[Any, str | None]:
     """The value that `text` holds, or why `parse` refuses it: where most texts are refused, raising costs the most."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    # A level takes two brackets; and two counts are cheaper than a look at the structure, and mostly settle it.
-    if len(data) > 2 * max_depth and data.count(b"{") + data.count(b"[") > max_depth and _depth(data) > max_depth:
+    if _is_deeper(data, max_depth):
         return None, f"nested deeper than {max_depth} levels"
     try:
         return _decode(data), None
@@ -89,6 +91,25 @@ def attempt(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> tuple[Any, str 
         return None, f"a number is out of range ({error})"
     except msgspec.DecodeError as error:
         return None, f"not JSON ({error})"
+
+
+def objects_in(texts: Sequence[bytes] | Sequence[str]) -> list[dict[str, Any]]:
+    """The objects that these texts hold, up to the first that holds none; `object_in` says of it what is wrong.
+
+    Half of the time that `object_in` takes for each.
+    """
+    found: list[dict[str, Any]] = []
+    try:
+        for text in texts:
+            if len(text) > 2 * MAX_DEPTH and _is_deeper(text.encode() if isinstance(text, str) else text, MAX_DEPTH):
+                break
+            value = _decode(text)
+            if type(value) is not dict:
+                break
+            found.append(value)
+    except (UnicodeError, msgspec.DecodeError):
+        pass
+    return found
 
 
 def object_in(text: bytes | str) -> dict[str, Any]:
@@ -190,6 +211,11 @@ def _text(value: Any, path: _Path) -> str:
 def _dotted(path: _Path) -> str:
     """A path as people write it: spelled out only where something is wrong there."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _is_deeper(data: bytes, depth: int) -> bool:
+    """Whether the nesting goes deeper. A level takes two brackets; and two counts cost little, and mostly settle it."""
+    return len(data) > 2 * depth and data.count(b"{") + data.count(b"[") > depth and _depth(data) > depth
 
 
 def _depth(data: bytes) -> int:

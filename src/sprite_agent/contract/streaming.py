@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.errors import CursorInvalid, RequestInvalid, ResumeTokenInvalid
@@ -77,8 +77,20 @@ class SkippedRecord:
     sha256: str
 
 
-RawEvent: TypeAlias = tuple[int, str]
-"""An event as the record it follows from (see `events.EventBuilder`): its line number and the whole text, verbatim."""
+class RawEvents(NamedTuple):
+    """Events as the records they follow from (see `events.EventBuilder`): one, or several from consecutive lines."""
+
+    line: int
+    """Number of the first; of a record over several lines, which is always alone, that of its last line."""
+    text: str
+    """The records, verbatim, one a line."""
+    record_count: int = 1
+    """How many there are; 1: the text as a whole is the record."""
+
+    @property
+    def last_line(self) -> int:
+        """Number of the last."""
+        return self.line + self.record_count - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,5 +106,10 @@ class EventBatch:
     """Everything the log held has been sent."""
     skipped: list[SkippedRecord]
     emitted_at: str
-    raw_events: list[RawEvent] = field(default_factory=list)
+    raw_events: list[RawEvents] = field(default_factory=list)
     """Instead of events, where those were asked for: for whoever sends them on."""
+
+    @property
+    def event_count(self) -> int:
+        """How many events there are, raw or not."""
+        return len(self.events) + sum(raw.record_count for raw in self.raw_events)

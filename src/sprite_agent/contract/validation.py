@@ -12,7 +12,7 @@ from sprite_agent.contract import json_text
 from sprite_agent.errors import ContractError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 _PREFIX = "urn:opsmgr:schema:v1:"
 
@@ -73,13 +73,14 @@ def _validator(kind: str) -> jsonschema_rs.Draft202012Validator:
     return _compiled(schemas()[kind])
 
 
-@functools.cache
-def members_check(kind: str, *names: str) -> Callable[[Any], bool]:
-    """What tells whether a document of `kind` may have the members of these names that an object has.
+def members_check(kind: str, places: Mapping[str, str], required: Sequence[str] = ()) -> Callable[[Any], bool]:
+    """What tells of a list of objects whether a document of `kind` may have what each has in members of these names.
 
-    It raises ValueError for a value that is no JSON value.
+    `places`: by name the property of the document, as a path in its schema. It raises ValueError for a value that is
+    no JSON value. To be made once: it takes a millisecond.
     """
-    return _compiled({"properties": {name: {"$ref": f"{_PREFIX}{kind}#/properties/{name}"} for name in names}}).is_valid
+    members = {name: {"$ref": f"{_PREFIX}{kind}#/properties/{place}"} for name, place in places.items()}
+    return _compiled({"items": {"properties": members, "required": list(required)}}).is_valid
 
 
 def _compiled(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:

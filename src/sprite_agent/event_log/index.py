@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sprite_agent.errors import CursorBeyondEnd, ResumeTokenInvalid
 from sprite_agent.event_log.newest import Newest
 from sprite_agent.event_log.pieces import Pace
-from sprite_agent.event_log.records import START, RecordReader
+from sprite_agent.event_log.records import ANY, START, RecordReader, Run
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
 from sprite_agent.event_log.resume import Trail, check_beginning, check_digest
 
@@ -217,7 +217,7 @@ class LogIndex:
 
     def _forget(self) -> None:
         self._records = RecordReader()
-        self._coming: Iterator[Record | None] | None = None
+        self._coming: Iterator[Run | Record | None] | None = None
         self._trail = Trail()
         self._end = 0
         self._last_record: Record | None = None
@@ -240,16 +240,16 @@ class LogIndex:
 
     def _read(self, log: int, size: int, pace: Pace) -> bool:
         """Reads up to `size` bytes of the log; False: there was not time enough, or the log has changed."""
+        self._records.most = ANY if self._newest is None else self._newest.room()
         while True:
-            for record in self._coming or ():
-                if record is not None:
-                    self._note(record)
+            for found in self._coming or ():
+                if found is not None:
+                    self._note(found)
                 if pace.over():
                     return False
             if self._coming is not None:
                 self._coming = None
                 self._mark()
-                self._drop_value()
             start = self._trail.end
             if start >= size:
                 return True
@@ -263,15 +263,11 @@ class LogIndex:
             if (newline := data.rfind(b"\n")) >= 0:
                 self._end = start + newline + 1
 
-    def _note(self, record: Record) -> None:
-        self._last_record = record
+    def _note(self, found: Run | Record) -> None:
+        self._last_record = found.last if isinstance(found, Run) else found
         if self._newest is not None:
-            self._newest.add(record, self._trail)
-
-    def _drop_value(self) -> None:
-        """Keeps of the last record its text only: its value can be large."""
-        if self._last_record is not None and self._last_record.value is not None:
-            self._last_record = self._last_record._replace(value=None)
+            self._newest.add(found, self._trail)
+            self._records.most = self._newest.room()
 
     def _mark(self) -> None:
         if self._trail.end - self._marks[-1].offset >= self._stride:

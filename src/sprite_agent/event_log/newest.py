@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from sprite_agent.contract.streaming import RawEvents
 from sprite_agent.errors import ContractError
-from sprite_agent.event_log.records import START, Position, value_of
+from sprite_agent.event_log.records import START, values_of
 
 if TYPE_CHECKING:
     from sprite_agent.contract.events import EventBuilder
-    from sprite_agent.contract.streaming import RawEvent
-    from sprite_agent.event_log.records import Record
+    from sprite_agent.event_log.records import Position, Record, Run
     from sprite_agent.event_log.resume import Trail
 
 MAX_BATCH_EVENTS = 200
@@ -28,8 +28,9 @@ class Portion(NamedTuple):
     end: Position
     token: str
     """The resume token for its end."""
-    events: list[RawEvent] | None
+    events: list[RawEvents] | None
     """Checked: each makes an envelope. None: a record in it is malformed."""
+    record_count: int
     size: int
     """Bytes of its records."""
 
@@ -44,7 +45,7 @@ class Newest:
     """The portion that is not cut yet: the offset it begins at; how many records and bytes it has; its events."""
     _records: int
     _size: int
-    _events: list[RawEvent] | None
+    _events: list[RawEvents] | None
 
     def __init__(self, start: Position, builder: EventBuilder) -> None:
         self._builder = builder
@@ -52,23 +53,26 @@ class Newest:
         self._kept = 0
         self._begin(start.offset)
 
-    def add(self, record: Record, trail: Trail) -> None:
-        """Checks and notes the next record."""
-        size = len(record.text)
-        if self._records and (self._records == MAX_BATCH_EVENTS or self._size + size > MAX_BATCH_BYTES):
-            # Before this record, not after the last one: of that place the trail may know nothing any more.
-            end = Position(record.first_line - 1, record.end - record.size_bytes)
-            self.cut(end, str(trail.token(end)))
-        self._records += 1
-        self._size += size
+    def room(self) -> tuple[int, int]:
+        """How many records, and bytes, the next run may have."""
+        if self._records == MAX_BATCH_EVENTS:
+            return MAX_BATCH_EVENTS, MAX_BATCH_BYTES
+        return MAX_BATCH_EVENTS - self._records, MAX_BATCH_BYTES - self._size
+
+    def add(self, found: Run | Record, trail: Trail) -> None:
+        """Checks and notes what comes next."""
+        count, text = found.record_count, found.text
+        if self._records and (self._records + count > MAX_BATCH_EVENTS or self._size + len(text) > MAX_BATCH_BYTES):
+            # Before this, not after the last one: of that place the trail may know nothing any more.
+            self.cut(found.start, str(trail.token(found.start)))
+        self._records += count
+        self._size += len(text)
         if self._events is None:
             return
         try:
-            self._builder.check(value_of(record), record.last_line)
+            self._events.append(raw_events(found, self._builder))
         except ContractError:
             self._events = None
-        else:
-            self._events.append((record.last_line, record.text.decode()))
 
     def cut(self, end: Position, token: str) -> None:
         """Ends a portion where the index has got to."""
@@ -78,7 +82,7 @@ class Newest:
         if self._kept > _MAX_KEPT:
             self._portions.clear()
             self._kept = self._size
-        self._portions.append(Portion(self._start, end, token, self._events, self._size))
+        self._portions.append(Portion(self._start, end, token, self._events, self._records, self._size))
         self._begin(end.offset)
 
     def take(self) -> list[Portion]:
@@ -94,3 +98,14 @@ class Newest:
     def _begin(self, start: int) -> None:
         self._start = start
         self._records, self._size, self._events = 0, 0, []
+
+
+def raw_events(found: Run | Record, builder: EventBuilder) -> RawEvents:
+    """What was found as raw events.
+
+    Raises:
+        ContractError: a record in it is no event.
+    """
+    line = found.last_line - found.record_count + 1
+    builder.check(values_of(found), line)
+    return RawEvents(line, found.text.decode(), found.record_count)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from typing import TYPE_CHECKING, Self
 
 from sprite_agent.event_log.pieces import Pace
-from sprite_agent.event_log.records import Position, RecordReader, judged
+from sprite_agent.event_log.records import ANY, RUN_BYTES, Position, RecordReader, Run, judged
 from sprite_agent.event_log.rereading import CHUNK
 from sprite_agent.event_log.resume import Trail
 
@@ -33,8 +34,8 @@ class LogReader:
         self._log = log
         self._records = RecordReader(start)
         self._trail = Trail(log, start, digest)
-        self._coming: Iterator[Record | None] | None = None
-        self._held: Record | None = None
+        self._coming: Iterator[Run | Record | None] | None = None
+        self._held: deque[Record] = deque()
         self._at: tuple[int, int] = start
         self._before: tuple[int, int] = start
 
@@ -57,30 +58,34 @@ class LogReader:
 
     def at_end(self, end: int) -> bool:
         """Whether everything up to byte `end` was read and taken."""
-        return self._held is None and self._coming is None and self._trail.end >= end
+        return not self._held and self._coming is None and self._trail.end >= end
 
     def read(self, end: int) -> list[Record]:
         """The next records, judged, as many as a short time allows; see `take`."""
         pace = Pace()
         found: list[Record] = []
-        while len(found) < _RECORDS_AT_ONCE and (record := self.take(end, pace)) is not None:
-            found.append(judged(record))
+        while len(found) < _RECORDS_AT_ONCE and (next_one := self.take(end, pace)) is not None:
+            records = next_one.records() if isinstance(next_one, Run) else [next_one]
+            found.extend(map(judged, records))
         return found
 
-    def take(self, end: int, pace: Pace) -> Record | None:
-        """The next record, maybe not yet judged; nothing past byte `end` is read. None: `at_end`, or the pace is over.
+    def take(self, end: int, pace: Pace, most: tuple[int, int] = ANY) -> Run | Record | None:
+        """What comes next, maybe not yet judged; nothing past byte `end` is read. None: `at_end`, or the pace is over.
+
+        A run has at most so many records and bytes.
 
         Raises:
             LogReplaced, LogTruncated, HistoryRewritten: the log was changed where this reader has already been.
         """
-        if self._held is not None:
-            record, self._held = self._held, None
-            self._at = record[1:3]
+        if self._held:
+            record = self._held.popleft()
+            self._before, self._at = self._at, (record.last_line, record.end)
             return record
+        self._records.most = most
         while True:
             for found in self._coming or ():
                 if found is not None:
-                    self._before, self._at = self._at, found[1:3]  # its last_line and end; for every record
+                    self._before, self._at = self._at, (found.last_line, found.end)
                     return found
                 if pace.over():
                     return None
@@ -94,19 +99,22 @@ class LogReader:
         """Has records be judged as they come, where that costs little more than reading them."""
         self._records.judge(wanted=True)
 
-    def put_back(self, record: Record) -> None:
-        """Has the record that was just taken be the next again."""
-        self._held, self._at = record, self._before
+    def put_back(self, taken: Run | Record) -> None:
+        """Has what was just taken be the next again; the records of a run come one by one then."""
+        self._held.extendleft(reversed(taken.records()) if isinstance(taken, Run) else [taken])
+        self._at = self._before
 
     def pass_steps(self, line: int, end: int) -> Steps[None]:
         """Passes the records up to line `line`."""
         while self.position.line < line and not self.at_end(end):
             pace = Pace()
-            while (record := self.take(end, pace)) is not None:
-                if record.last_line > line:
-                    self.put_back(record)
+            while (passed := self.take(end, pace, (line - self.position.line, RUN_BYTES))) is not None:
+                if passed.last_line > line:
+                    self.put_back(passed)
+                    if isinstance(passed, Run):
+                        continue
                     return
-                if record.last_line == line or pace.over():
+                if passed.last_line == line or pace.over():
                     break
             yield
 

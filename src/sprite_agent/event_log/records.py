@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from functools import partial
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -20,7 +20,7 @@ from sprite_agent.errors import ContractError
 from sprite_agent.event_log.json_prefix import SHORT, ObjectPrefix, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 MAX_RECORD_BYTES = 1024 * 1024
 """A longer record is malformed. Of a longer line only size, digest and beginning are kept."""
@@ -34,9 +34,11 @@ _BLANK_LINES = re.compile(rb"(?:[ \t\r\x0b\x0c]*+\n)++")
 _LINES_AT_ONCE = 512
 """Some milliseconds' worth of lines that end no record."""
 
-_SHORT = 16 * 1024
-"""Bytes of a line whose value may be kept while its reader waits: it can be thirty times as large."""
-_NOT_LOOKED_AT: dict[str, Any] = {}
+RUN_BYTES = 64 * 1024
+"""Of a run at most: its values can be thirty times as large, and take some milliseconds to make."""
+_RUN_LINES = 256
+ANY = (sys.maxsize, RUN_BYTES)
+"""As many records and bytes as a run can have."""
 
 _is_json = msgspec.json.Decoder(msgspec.Raw).decode
 
@@ -70,6 +72,16 @@ class Record(NamedTuple):
     """Size in bytes and SHA-256 of an overlong line, newline included."""
 
     @property
+    def record_count(self) -> int:
+        """How many records it is."""
+        return 1
+
+    @property
+    def start(self) -> Position:
+        """Before it."""
+        return Position(self.first_line - 1, self.end - self.size_bytes)
+
+    @property
     def size_bytes(self) -> int:
         """Its size, newline included."""
         return self.overlong[0] if self.overlong else len(self.text) + 1
@@ -85,19 +97,55 @@ class Record(NamedTuple):
         return self.text[:_EXCERPT_BYTES].decode(errors="backslashreplace")[:_EXCERPT_CHARACTERS]
 
 
-_record = partial(tuple.__new__, Record)
-"""Makes one of all its members at once: a third of the time."""
+class Run(NamedTuple):
+    """Records on consecutive lines, one on each, which are taken together."""
+
+    last_line: int
+    end: int
+    """Offset of the byte after the newline of the last."""
+    text: bytes
+    """Its bytes without the last newline."""
+    lines: list[bytes]
+    """The same, line by line: one at least."""
+    values: list[dict[str, Any]] | None = None
+    """Their objects; None: not yet judged."""
+
+    @property
+    def record_count(self) -> int:
+        """How many records it has."""
+        return len(self.lines)
+
+    @property
+    def start(self) -> Position:
+        """Before the first."""
+        return Position(self.last_line - self.record_count, self.end - len(self.text) - 1)
+
+    @property
+    def last(self) -> Record:
+        """The last one, not yet judged."""
+        return Record(self.last_line, self.last_line, self.end, self.lines[-1])
+
+    def records(self) -> list[Record]:
+        """Each by itself, not yet judged."""
+        line, offset = self.start
+        found = []
+        for text in self.lines:
+            line, offset = line + 1, offset + len(text) + 1
+            found.append(Record(line, line, offset, text))
+        return found
 
 
 class RecordReader:
     """Reads one log from a position on. Feed it the bytes that follow, in pieces of any size.
 
     Holds at most one unfinished line and one unfinished record, about 2 MiB: records are made one
-    at a time, and each line is looked at twice at most, however openings end.
+    at a time or one run at a time, and each line is looked at three times at most, however openings end.
     """
 
     def __init__(self, start: Position = START) -> None:
-        self._glance: Callable[[bytes], dict[str, Any] | None] = _mere_glance
+        self.most = ANY
+        """How many records, and bytes, the next run may have."""
+        self._judges = False
         self.lines = start.line
         """Complete lines seen, from the beginning of the log."""
         self._boundary: tuple[int, int] = start
@@ -107,11 +155,11 @@ class RecordReader:
         self._opening: _Opening | None = None
 
     def judge(self, *, wanted: bool) -> None:
-        """Whether from now on objects on one short line come with their value; other records are not yet judged."""
-        self._glance = _glance if wanted else _mere_glance
+        """Whether from now on runs come judged: with values, and only of objects."""
+        self._judges = wanted
 
-    def feed(self, data: bytes) -> Iterator[Record | None]:
-        """The records that `data` completes, not yet judged. To be taken to the last before more is fed.
+    def feed(self, data: bytes) -> Iterator[Run | Record | None]:
+        """The records that `data` completes. To be taken to the last before more is fed.
 
         None stands where it takes long until the next: whoever likes may leave it at that for a while.
         """
@@ -122,13 +170,12 @@ class RecordReader:
             if self._overlong:
                 self._overlong.add(data[: end + 1])
                 yield from self._finish_overlong(self._overlong)
+                data = data[end + 1 :]
+                self._overlong = None
             elif self._torn:
-                yield from self._take(bytes(self._torn) + data[:end])
-            else:
-                end = -1
-            self._torn.clear()
-            self._overlong = None
-            yield from self._feed_lines(data, end + 1)
+                data = bytes(self._torn) + data
+                self._torn.clear()
+            yield from self._feed_lines(data)
         if self._overlong and self._opening:
             # Nothing can close the record any more; not put off, so that nothing old has to be kept.
             yield from self._give_up(self._opening, _INTERRUPTED)
@@ -144,26 +191,42 @@ class RecordReader:
         torn = self._overlong.size if self._overlong else len(self._torn)
         return self._boundary[1] if self._opening else self._offset + torn
 
-    def _feed_lines(self, data: bytes, at: int) -> Iterator[Record | None]:
-        """Handles the lines that begin at `at`."""
-        glance = self._glance
+    def _feed_lines(self, data: bytes) -> Iterator[Run | Record | None]:
+        at = done = 0
+        lines: list[bytes] = []  # some of what comes, cut up once; those before number `done` are behind
         while (end := data.find(b"\n", at)) >= 0:
-            if self._opening is None and data[at] <= _SPACE and (blank := _BLANK_LINES.match(data, at)):
-                self._pass(blank[0])
-                self._boundary = (self.lines, self._offset)
-                at = blank.end()
-                continue
-            line = data[at:end]
-            at = end + 1
-            # Nearly every line of nearly every log: what _take would make of it, without the calls.
-            if self._opening is None and len(line) < MAX_RECORD_BYTES and (value := glance(line)) is not None:
-                self.lines = number = self.lines + 1
-                self._offset = offset = self._offset + len(line) + 1
-                self._boundary = (number, offset)
-                yield _record((number, number, offset, line, value or None, None, None))
-            else:
-                yield from self._take(line)
+            if self._opening is None:
+                if data[at] <= _SPACE and (blank := _BLANK_LINES.match(data, at)):
+                    self._pass(blank[0])
+                    self._boundary = (self.lines, self._offset)
+                    at, done = blank.end(), done + blank[0].count(b"\n")
+                    continue
+                most, size = self.most
+                if done >= len(lines):
+                    last = data.rfind(b"\n", at, at + min(size, RUN_BYTES) + 1)
+                    lines, done = [] if last < 0 else data[at:last].split(b"\n"), 0
+                if run := self._run(lines[done : done + min(most, _RUN_LINES)]):
+                    at, done = at + len(run.text) + 1, done + run.record_count
+                    found = [run]
+                    del run  # its values are not kept while whoever has it waits
+                    yield found.pop()
+                    continue
+            yield from self._take(data[at:end])
+            at, done = end + 1, done + 1
         self._keep_torn(data[at:])
+
+    def _run(self, lines: list[bytes]) -> Run | None:
+        """The run that the first of these lines are, up to one that is to be looked at by itself."""
+        values = json_text.objects_in(lines) if self._judges else None
+        count = _json_lines(lines) if values is None else len(values)
+        if not count:
+            return None
+        del lines[count:]
+        text = b"\n".join(lines)
+        self.lines += count
+        self._offset += len(text) + 1
+        self._boundary = (self.lines, self._offset)
+        return Run(self.lines, self._offset, text, lines, values)
 
     def _keep_torn(self, data: bytes) -> None:
         if self._overlong:
@@ -293,18 +356,20 @@ def judged(record: Record) -> Record:
     return record._replace(value=value, fault=fault)
 
 
-def value_of(record: Record) -> dict[str, Any]:
-    """The object of a record, judged or not.
+def values_of(found: Run | Record) -> list[dict[str, Any]]:
+    """The objects of a run or a record, judged or not.
 
     Raises:
-        ContractError: it is none; what is wrong with it.
+        ContractError: one is none; what is wrong with it.
     """
-    value, fault = record.value, record.fault
+    if isinstance(found, Run):
+        return [json_text.object_in(line) for line in found.lines] if found.values is None else found.values
+    value, fault = found.value, found.fault
     if value is None and fault is None:
-        value, fault = _judgement(record.text)
+        value, fault = _judgement(found.text)
     if value is None:
         raise ContractError(fault or "malformed")
-    return value
+    return [value]
 
 
 def _judgement(text: bytes) -> tuple[dict[str, Any] | None, str | None]:
@@ -314,21 +379,16 @@ def _judgement(text: bytes) -> tuple[dict[str, Any] | None, str | None]:
     return value, fault
 
 
-def _glance(line: bytes) -> dict[str, Any] | None:
-    """The object on a line, an empty one where the line is long; None: it is to be looked at closely."""
-    if len(line) > _SHORT:
-        return _mere_glance(line)
-    value, fault = json_text.attempt(line)
-    return value if fault is None and type(value) is dict else None
-
-
-def _mere_glance(line: bytes) -> dict[str, Any] | None:
-    """An empty object where JSON is on a line; None: it is to be looked at closely. Values can be large."""
+def _json_lines(lines: list[bytes]) -> int:
+    """How many of the lines are JSON, up to the first that is not. Makes no values: they can be large."""
+    count = 0
     try:
-        _is_json(line)
+        for line in lines:
+            _is_json(line)
+            count += 1
     except (msgspec.DecodeError, RecursionError):
-        return None
-    return _NOT_LOOKED_AT
+        pass
+    return count
 
 
 def _fault_of(text: bytes) -> str | None:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
-from sprite_agent.contract.json_text import object_in
 from sprite_agent.contract.streaming import EventBatch, SkippedRecord
 from sprite_agent.errors import ContractError, EventMalformed, EventsNotFound, LogTruncated, LoopNotFound
-from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS, raw_events
 from sprite_agent.event_log.pieces import Pace, goes_on
-from sprite_agent.event_log.records import START, value_of
+from sprite_agent.event_log.records import START, Run, values_of
 from sprite_agent.event_log.resume import START_TOKEN, parse_token
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sprite_agent.contract.envelopes import EventEnvelope
-    from sprite_agent.contract.streaming import EventQuery, RawEvent
+    from sprite_agent.contract.streaming import EventQuery, RawEvents
     from sprite_agent.event_log.index import LogView
     from sprite_agent.event_log.log import EventLog
     from sprite_agent.event_log.pieces import Steps
@@ -180,7 +179,7 @@ class _Stream:
                 self._position, self._token = news.end, news.token
             if news.batch is not None:
                 self._last_line = news.batch.cursor["eventLineOffset"]
-                self._sent += len(news.batch.raw_events)
+                self._sent += news.batch.event_count
                 self._heard_at, self._told_so = time.monotonic(), news.at_end
                 yield news.batch if self._raw else await workers.run(functools.partial(self._built, news.batch))
             elif self._silence() <= 0 or (self._caught_up and not self._told_so):
@@ -192,8 +191,7 @@ class _Stream:
     def _built(self, batch: EventBatch) -> EventBatch:
         """The same with events instead of raw ones."""
         builder = self._builder(batch.emitted_at)
-        events = [builder.build(object_in(text), text, line) for line, text in batch.raw_events]
-        return replace(batch, events=events, raw_events=[])
+        return replace(batch, events=[event for raw in batch.raw_events for event in builder.whole(raw)], raw_events=[])
 
     async def _open(self, workers: Workers) -> AsyncGenerator[EventBatch]:
         """Finds the place to start from. Beats while a large log is read, if the place can be said before."""
@@ -242,9 +240,7 @@ class _Stream:
 
     def _says_something(self) -> bool:
         found = self._found
-        return found is not None and bool(
-            found.events or found.raw_events or found.skipped or (found.caught_up and not self._told_so)
-        )
+        return found is not None and bool(found.event_count or found.skipped or (found.caught_up and not self._told_so))
 
     def _given(self) -> EventBatch:
         """What the last turn has made; it is not held here any longer."""
@@ -293,42 +289,41 @@ class _Stream:
         emitted_at = clock.now()
         builder = self._builder(emitted_at)
         events: list[EventEnvelope] = []
-        raw_events: list[RawEvent] = []
+        raw: list[RawEvents] = []
         skipped: list[SkippedRecord] = []
         fault: EventMalformed | None = None
         reader, end, pace = self._reader, self._view.end, Pace()
-        last, sent, size = self._last_line, 0, 0
-        most = min(MAX_BATCH_EVENTS, self._query.max_events - self._sent if self._query.max_events else math.inf)
-        while sent < most and (record := reader.take(end, pace)) is not None:
-            _, line, _, text, value, _, _ = record  # by names it takes three times as long, for every event
-            size += len(text)
-            if size > MAX_BATCH_BYTES and (sent or skipped):
-                reader.put_back(record)
+        events_left, bytes_left = MAX_BATCH_EVENTS, MAX_BATCH_BYTES
+        if self._query.max_events:
+            events_left = min(events_left, self._query.max_events - self._sent)
+        while events_left and (found := reader.take(end, pace, (events_left, bytes_left))) is not None:
+            size = len(found.text)
+            if size > bytes_left and (events or raw or skipped):
+                reader.put_back(found)
                 break
             try:
-                if value is None:
-                    value = value_of(record)
                 if self._raw:
-                    builder.check(value, line)
-                    raw_events.append((line, text.decode()))
+                    raw.append(raw_events(found, builder))
                 else:
-                    events.append(builder.build(value, text.decode(), line))
+                    events += _whole_events(found, builder)
             except ContractError as error:
+                if isinstance(found, Run):
+                    reader.put_back(found)  # to look at each of its records
+                    continue
                 if not self._query.skip_malformed:
-                    reader.put_back(record)
-                    fault = _malformed(record, error)
+                    reader.put_back(found)
+                    fault = _malformed(found, error)
                     break
-                skipped.append(_skipped(record, error))
-                most -= 1
+                skipped.append(_skipped(found, error))
             else:
-                last = line
-                sent += 1
-        self._last_line = last
-        self._sent += sent
+                self._last_line = found.last_line
+                self._sent += found.record_count
+            events_left -= found.record_count
+            bytes_left -= size
         self._stand()
         self._caught_up = reader.at_end(end)
-        found = replace(self._bookmark(), events=events, raw_events=raw_events, skipped=skipped, emitted_at=emitted_at)
-        return found, fault
+        batch = replace(self._bookmark(), events=events, raw_events=raw, skipped=skipped, emitted_at=emitted_at)
+        return batch, fault
 
     def _sent_enough(self) -> bool:
         return 0 < self._query.max_events <= self._sent
@@ -355,6 +350,12 @@ class _Stream:
             skipped=[],
             emitted_at=clock.now(),
         )
+
+
+def _whole_events(found: Run | Record, builder: EventBuilder) -> list[EventEnvelope]:
+    texts = found.lines if isinstance(found, Run) else [found.text]
+    values = values_of(found)
+    return builder.build(values, [text.decode() for text in texts], found.last_line - found.record_count + 1)
 
 
 def _malformed(record: Record, error: ContractError) -> EventMalformed:

@@ -117,7 +117,7 @@ class Window:
             portion = self._portions[at]
             if portion.events is None:
                 return found or None
-            events += len(portion.events)
+            events += portion.record_count
             size += portion.size
             if found and (events > MAX_BATCH_EVENTS or size > MAX_BATCH_BYTES):
                 break
@@ -136,7 +136,7 @@ class Window:
             batch = EventBatch(
                 events=[],
                 raw_events=raw_events,
-                cursor={"eventLineOffset": raw_events[-1][0], "eventLineCount": self._lines},
+                cursor={"eventLineOffset": raw_events[-1].last_line, "eventLineCount": self._lines},
                 resume_token=token,
                 caught_up=at_end,
                 skipped=[],

@@ -379,8 +379,8 @@ class StreamEventsRequest(_message.Message):
     trace_id: _builtins.str
     """Passed on into the envelopes; unset: null there."""
     raw_events: _builtins.bool
-    """Send each event as the record it follows from (raw_events instead of events): less
-    than half of the bytes, and of the work on both sides. For programs that have the
+    """Send events as the records they follow from (raw_events instead of events): less
+    than half of the bytes, a fraction of the work. For programs that have the
     contract's rules; the agent has applied them, and sends no record that they refuse.
     """
     @_builtins.property
@@ -462,7 +462,7 @@ class StreamEventsResponse(_message.Message):
         """
 
     @_builtins.property
-    def raw_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RawEvent]:
+    def raw_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RawEvents]:
         """Only where asked for: the events as the records they follow from. Their envelopes
         have emitted_at, the source and the cursor's event_line_count of this response, the
         trace id of the request, and the rest from the record.
@@ -482,7 +482,7 @@ class StreamEventsResponse(_message.Message):
         skipped: _abc.Iterable[Global___SkippedRecord] | None = ...,
         emitted_at: _builtins.str = ...,
         journal: Global___JournalHead | None = ...,
-        raw_events: _abc.Iterable[Global___RawEvent] | None = ...,
+        raw_events: _abc.Iterable[Global___RawEvents] | None = ...,
         source: _envelopes_pb2.Source | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "journal", b"journal", "source", b"source"]  # noqa: Y015
@@ -494,30 +494,36 @@ class StreamEventsResponse(_message.Message):
 Global___StreamEventsResponse: _TypeAlias = StreamEventsResponse  # noqa: Y015
 
 @_typing.final
-class RawEvent(_message.Message):
-    """One event, as the runtime wrote it."""
+class RawEvents(_message.Message):
+    """Events, as the runtime wrote them: one, or several from consecutive lines."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LINE_FIELD_NUMBER: _builtins.int
     JSON_FIELD_NUMBER: _builtins.int
+    RECORD_COUNT_FIELD_NUMBER: _builtins.int
     line: _builtins.int
-    """Its line number; of an object over several lines, that of its last line."""
+    """The line number of the first, each other being on the next line; of an object over
+    several lines, which is always alone, that of its last line.
+    """
     json: _builtins.str
-    """The whole record, verbatim: the JSON text of one object."""
+    """The records, verbatim, divided by newlines: each the JSON text of one object."""
+    record_count: _builtins.int
+    """How many there are. 1: json as a whole is the record, newlines in it are its own."""
     def __init__(
         self,
         *,
         line: _builtins.int = ...,
         json: _builtins.str = ...,
+        record_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json", "line", b"line"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json", "line", b"line", "record_count", b"record_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RawEvent: _TypeAlias = RawEvent  # noqa: Y015
+Global___RawEvents: _TypeAlias = RawEvents  # noqa: Y015
 
 @_typing.final
 class SkippedRecord(_message.Message):
