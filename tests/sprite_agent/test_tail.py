@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +77,12 @@ def _noting(noted: list[str], name: str) -> Any:
 def numbered(first: int, last: int, *, width: int = 0) -> bytes:
     """Lines with events, from one number to another."""
     return b"".join(line(event(n=number, text="x" * width)) for number in range(first, last + 1))
+
+
+def append_each(loop: LoopFiles, numbers: range) -> None:
+    """Appends the lines one by one."""
+    for number in numbers:
+        loop.append(numbered(number, number))
 
 
 def follow(repo: Repo, **query: Any) -> Follower:
@@ -275,6 +283,35 @@ async def test_a_change_of_which_nobody_tells_is_found_by_the_poll(
         assert await asyncio.gather(*asking) == [[1, 2, 3]] * 2
 
 
+async def test_in_a_burst_the_system_is_not_asked_and_afterwards_the_next_line_comes_at_once(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a log that is read again by now, so that nothing else looks."""
+    monkeypatch.setattr(tail_module, "POLL", 60.0)
+    told = 0
+    wake = FolderWatch._wake  # noqa: SLF001  # what the system's word leads to
+
+    def counting(folders: FolderWatch) -> None:
+        nonlocal told
+        told += 1
+        wake(folders)
+
+    monkeypatch.setattr(FolderWatch, "_wake", counting)
+    async with following(repo, loop, 1) as (follower,):
+        (tail,) = repo._tails._tails.values()  # noqa: SLF001  # nothing public tells
+        reading = asyncio.ensure_future(follower.until_lines(2000))
+        await asyncio.to_thread(append_each, loop, range(3, 2001))
+        assert await reading == list(range(1, 2001))
+        assert told < 200
+
+        reading = asyncio.ensure_future(follower.until_lines(2001))
+        await eventually(lambda: tail.view is not None and tail.view.is_sure, "the log is read again")
+        assert tail._changes is not None  # noqa: SLF001
+        assert not tail._changes.is_deaf  # noqa: SLF001
+        loop.append(numbered(2001, 2001))
+        assert (await asyncio.wait_for(reading, 5))[-1] == 2001
+
+
 async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: LoopFiles) -> None:
     async with following(repo, loop, 2) as (first, last):
         (task,) = [each._task for each in repo._tails._tails.values()]  # noqa: SLF001
@@ -285,6 +322,17 @@ async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: Lo
     assert repo._tails._tails == {}  # noqa: SLF001
     await asyncio.wait({task})
     assert task.cancelled()
+
+
+async def test_what_a_tail_has_kept_ends_with_it(repo: Repo, loop: LoopFiles) -> None:
+    gc.disable()
+    try:
+        async with following(repo, loop, 1):
+            (kept,) = [weakref.ref(each._window) for each in repo._tails._tails.values()]  # noqa: SLF001
+            assert kept() is not None
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 async def test_somebody_elses_look_takes_nothing_from_the_followers(

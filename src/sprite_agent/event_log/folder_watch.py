@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from sprite_agent.errors import OpsError
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 POLL_ALONE = 0.1
 """Seconds, where there is no inotify."""
-_BETWEEN_READS = 0.001
-"""Seconds between two looks at what has changed."""
 _OVERFLOW = -1
 """What changed when the system could keep no more: it may have been anything."""
 
@@ -32,8 +29,6 @@ class FolderWatch:
 
     def __init__(self) -> None:
         self._inotify: INotify | None = None
-        self._read_at = 0.0
-        """When changes were read last."""
         self._followers: dict[int, set[Changes]] = {}
 
     @contextlib.contextmanager
@@ -72,7 +67,7 @@ class FolderWatch:
             if self._inotify is None:
                 self._inotify = INotify(nonblocking=True)
                 self._loop = asyncio.get_running_loop()
-                self._listen()
+                self._loop.add_reader(self._inotify.fileno(), self._wake)
             # By its descriptor: a path could lead elsewhere by now.
             watch = int(self._inotify.add_watch(f"/proc/self/fd/{folder}", mask))
         except OSError:
@@ -91,24 +86,13 @@ class FolderWatch:
                 self._inotify.rm_watch(watch)
 
     def _wake(self) -> None:
-        """Tells who watches what has changed; where changes follow close upon one another, only now and then.
-
-        An append may come every 20 us. Meanwhile the system keeps equal events as one.
-        """
+        """Tells who watches what has changed."""
         if self._inotify is None:
             return
-        last, self._read_at = self._read_at, time.monotonic()
-        if self._read_at - last < _BETWEEN_READS:
-            self._loop.remove_reader(self._inotify.fileno())
-            self._loop.call_later(_BETWEEN_READS, self._listen)
         changed = {event.wd for event in self._inotify.read(timeout=0)}
-        for watch in self._followers if _OVERFLOW in changed else changed:
-            for changes in self._followers.get(watch, ()):
+        for watch in tuple(self._followers) if _OVERFLOW in changed else changed:
+            for changes in tuple(self._followers.get(watch, ())):  # who hears no more leaves
                 changes.notice()
-
-    def _listen(self) -> None:
-        if self._inotify is not None:
-            self._loop.add_reader(self._inotify.fileno(), self._wake)
 
 
 class Changes:
@@ -120,9 +104,15 @@ class Changes:
         self._changed = False
         self._waiting: asyncio.Future[None] | None = None
         self._watch: int | None = None
+        self.is_deaf = False
+        """Told of a change before anybody asked for the last one, it hears of none until it looks anew.
+
+        In a burst one may come every 20 us, and being told of each costs more, here and in the writer, than it says.
+        """
 
     def look_anew(self) -> None:
         """Watches what is at the folder's path now."""
+        self.is_deaf = False
         before, self._watch = self._watch, self._folders.add(self._open_folder, self)
         if before is not None and before != self._watch:
             self._folders.remove(before, self)
@@ -131,9 +121,13 @@ class Changes:
         """Watches no more."""
         if self._watch is not None:
             self._folders.remove(self._watch, self)
+            self._watch = None
 
     def notice(self) -> None:
         """There is a change."""
+        if self._changed and self._watch is not None:
+            self.end()
+            self.is_deaf = True
         self._changed = True
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)

@@ -120,6 +120,7 @@ class Tail:
         """Looks no more."""
         self._task.cancel()
         self._log.keep_newest(None)
+        self._window = Window()  # a cancelled task keeps this tail until cycles are looked for, which is seldom
 
     def wake(self) -> None:
         """Has every follower look at the tail."""
@@ -172,12 +173,26 @@ class Tail:
                 await self._wanted.wait()  # as long as all are behind, they read for themselves
                 if not is_all:
                     continue
-                pause = self._pause()
-                while not await changes.wait(pause):
-                    if pause < math.inf or self._log.stamp() != self._stamp:
-                        break
-                if (rest := began + QUIET_PAUSE - time.monotonic()) > 0:
-                    await asyncio.sleep(rest)
+                await self._wait(changes, began)
+
+    async def _wait(self, changes: Changes, began: float) -> None:
+        """Returns when another look is due: after a change, and not too soon after the last look, which began then."""
+        if changes.is_deaf:
+            await self._rest(began)
+            if self._log.stamp() != self._stamp:
+                return
+            changes.look_anew()
+            if self._log.stamp() != self._stamp:
+                return
+        pause = self._pause()
+        while not await changes.wait(pause):
+            if pause < math.inf or self._log.stamp() != self._stamp:
+                break
+        await self._rest(began)
+
+    async def _rest(self, began: float) -> None:
+        if (rest := began + QUIET_PAUSE - time.monotonic()) > 0:
+            await asyncio.sleep(rest)
 
     def _pause(self) -> float:
         """Seconds until another look is due although nothing changes."""
