@@ -43,15 +43,16 @@ async def subscribe(
     retries = Retries(policy=policy or RetryPolicy(), attempts=transport.attempts)
     policy = retries.policy
     wanted, received, caught_up, fruitless = query.max_events, 0, False, 0
+    token = query.resume_token
     while True:
         before = received
         try:
-            async with contextlib.aclosing(transport.events(query)) as batches:
+            async with contextlib.aclosing(transport.events(replace(query, resume_token=token))) as batches:
                 async for batch in batches:
                     retries.progress()
                     received += len(batch.events)
                     caught_up = batch.caught_up
-                    query = replace(query, resume_token=batch.resume_token)
+                    token = batch.resume_token
                     given = [batch]
                     del batch  # not kept while its reader has it
                     yield given.pop()
