@@ -94,8 +94,9 @@ class _Follower:
     caught_up: asyncio.Event = field(default_factory=asyncio.Event)
     numbers: array[int] = field(default_factory=lambda: array("q"))
     """Lines that came. No list: its integers, thousands for each stream, would pass for memory of the manager."""
-    stamps: list[tuple[int, int]] = field(default_factory=list)
-    """When each stamped event was written, and when it was here; nanoseconds of the monotonic clock."""
+    written: array[int] = field(default_factory=lambda: array("q"))
+    """When each stamped event was written; nanoseconds of the monotonic clock, as the next."""
+    here: array[int] = field(default_factory=lambda: array("q"))
 
     def __post_init__(self) -> None:
         self.transport = SpriteServiceTransport(self.place.server.address, token=self.place.server.token)
@@ -109,7 +110,8 @@ class _Follower:
                 for event in batch.events:
                     self.numbers.append(event["cursor"]["eventLineOffset"])
                     if "at" in (payload := event["event"]["payload"] or {}):
-                        self.stamps.append((payload["at"], now))
+                        self.written.append(payload["at"])
+                        self.here.append(now)
                 if caught_up := batch.caught_up:
                     self.caught_up.set()
                 del batch
@@ -158,7 +160,7 @@ async def collect(lines: int) -> Deliveries:
     stamps: list[tuple[int, int]] = []
     for follower in followers.each:
         total += tally(follower.numbers, follower.place.after + 1, follower.place.after + lines)
-        stamps += follower.stamps
+        stamps += zip(follower.written, follower.here, strict=True)
     stamps.sort()
     return Deliveries(delays=[(here - written) / 1e6 for written, here in stamps], tally=total)
 

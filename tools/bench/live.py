@@ -38,6 +38,8 @@ things to do, a hundred followers would get behind, and what is measured then is
 FLAT_OUT_LINES = Sized(full=20_000, gate=5_000, quick=500)
 HURRIED_RATE = 20_000
 """Lines a second: a thousand times what a busy loop writes, and less than fills the processors."""
+REST_SECONDS = Sized(full=10.0, quick=3.0)
+"""Until what opening streams has begun is over, and the log, 100 MB by then, was read again since it changed."""
 IDLE_SECONDS = Sized(full=10.0, quick=1.0)
 """Twice: each as long as one heartbeat of every follower."""
 
@@ -184,7 +186,7 @@ def _spread_of(rounds: list[tuple[list[float], float]]) -> float:
 def _idle(plan: Plan, scene: _Scene) -> list[Figure]:
     """What an agent uses that has many followers and nothing to tell them."""
     scene.follow(MOST)
-    time.sleep(3.0)  # what opening them has begun comes to rest, and the log has been read again since it changed
+    time.sleep(plan.sized(REST_SECONDS))
     first, second = (_use(scene.agent.pid, plan.sized(IDLE_SECONDS)) for _ in range(2))
     held = memory(scene.agent.pid)
     scene.worker.call(followers.unfollow)
