@@ -100,14 +100,18 @@ class ArtifactFiles:
         if folder is None:
             return None
         try:
-            owner = os.fstat(folder).st_uid
+            return self._open_in(folder, path)
+        finally:
+            os.close(folder)
+
+    def _open_in(self, folder: int, path: PurePosixPath) -> int | None:
+        owner = os.fstat(folder).st_uid
+        try:
             descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._refused(path, error) from error
-        finally:
-            os.close(folder)
         fault = _why_refused(os.fstat(descriptor), owner)
         if fault is not None:
             os.close(descriptor)
@@ -228,18 +232,19 @@ class ArtifactFiles:
 
 
 class _KeptFolders(ArtifactFiles):
-    """Keeps each folder open that was asked for. Belongs to one thread; close it."""
+    """Keeps each folder open that a file was opened in. Belongs to one thread; close it."""
 
     def __init__(self, repo: Path) -> None:
         super().__init__(repo)
-        self._folders: dict[PurePosixPath, int | None] = {}
+        self._folders: dict[str, int | None] = {}
 
-    def open_folder(self, path: PurePosixPath) -> int | None:
+    def open(self, path: PurePosixPath) -> int | None:
         """See `ArtifactFiles`."""
-        if path not in self._folders:
-            self._folders[path] = super().open_folder(path)
-        folder = self._folders[path]
-        return None if folder is None else os.dup(folder)
+        name, _, _ = str(path).rpartition("/")
+        if name not in self._folders:
+            self._folders[name] = self.open_folder(path.parent)
+        folder = self._folders[name]
+        return None if folder is None else self._open_in(folder, path)
 
     def close(self) -> None:
         """Closes the folders."""

@@ -36,39 +36,47 @@ def builder(*, whole: bool) -> EventBuilder:
         source={"repoPath": "/repo", "loopId": "demo"}, trace_id="t", emitted_at="2026-01-01T00:00:00Z", line_count=9
     )
     if whole:
-        made._accepts = lambda _: False  # noqa: SLF001  # what the fast way stands for
+        made._accepts = made._are_plain = lambda _: False  # noqa: SLF001  # what the fast way stands for
     return made
 
 
-def outcome(made: EventBuilder, text: str, line: int) -> Any:
-    """The envelope, or what is wrong and where."""
+def outcome(made: EventBuilder, texts: list[str], line: int) -> Any:
+    """The envelopes, or what is wrong and where."""
     try:
-        return made.build([json_text.object_in(text)], [text], line)[0]
+        return made.build([json_text.object_in(text) for text in texts], texts, line)
     except ContractError as error:
         return error.path, error.message
 
 
-@given(record=RECORDS, line=st.integers(-2, 2**63 - 1))
-def test_what_is_checked_in_parts_is_what_the_whole_schema_says(record: dict[str, Any], line: int) -> None:
-    text = json_text.encode(record).decode()
-
-    found = outcome(builder(whole=False), text, line)
-
-    assert found == outcome(builder(whole=True), text, line)
-    if isinstance(found, dict):
-        validate("loop_run_event", found)
-        assert found["event"]["raw"].text == text
-
-
-@given(record=RECORDS)
-def test_a_record_is_checked_as_it_is_built(record: dict[str, Any]) -> None:
-    text = json_text.encode(record).decode()
+def refusal(made: EventBuilder, texts: list[str], line: int) -> tuple[str, str] | None:
+    """What is wrong and where, as far as is checked; None: nothing."""
     try:
-        builder(whole=False).check([json_text.object_in(text)], 1)
-        refusal = None
+        made.check([json_text.object_in(text) for text in texts], line)
     except ContractError as error:
-        refusal = (error.path, error.message)
+        return error.path, error.message
+    return None
 
-    found = outcome(builder(whole=False), text, 1)
 
-    assert found == refusal if refusal else isinstance(found, dict)
+@given(records=st.lists(RECORDS, min_size=1, max_size=4), line=st.integers(-2, 9) | st.integers(2**63 - 5, 2**63 + 1))
+def test_what_is_checked_in_parts_is_what_the_whole_schema_says(records: list[dict[str, Any]], line: int) -> None:
+    texts = [json_text.encode(record).decode() for record in records]
+
+    found = outcome(builder(whole=False), texts, line)
+
+    assert found == outcome(builder(whole=True), texts, line)
+    if isinstance(found, list):
+        for envelope in found:
+            validate("loop_run_event", envelope)
+        assert [envelope["event"]["raw"].text for envelope in found] == texts
+        assert [envelope["cursor"]["eventLineOffset"] for envelope in found] == list(range(line, line + len(texts)))
+
+
+@given(records=st.lists(RECORDS, min_size=1, max_size=4))
+def test_records_are_checked_as_they_are_built(records: list[dict[str, Any]]) -> None:
+    texts = [json_text.encode(record).decode() for record in records]
+
+    refused = refusal(builder(whole=False), texts, 1)
+
+    assert refused == refusal(builder(whole=True), texts, 1)
+    found = outcome(builder(whole=False), texts, 1)
+    assert found == refused if refused else isinstance(found, list)

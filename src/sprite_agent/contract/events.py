@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprite_agent.contract import json_text
 from sprite_agent.contract.json_text import member, open_object
-from sprite_agent.contract.validation import members_check, validate
+from sprite_agent.contract.validation import is_valid, members_check, validate
 from sprite_agent.errors import ContractError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 SEQUENCE_SOURCE = "cursor_event_line_offset"
 
 _KIND = "loop_run_event"
-_LEAST: Json = {"timestamp": "-", "event": "-"}
-"""The least that is an event: everything that may be left out is."""
 _OWN = {"run": "run", "event": "event"}
 """What an envelope does not share with the others of its batch."""
 _PLAIN = {
@@ -35,8 +33,9 @@ _PLAIN = {
     "message": "event/properties/message",
     "data": "event/properties/payload",
 }
-"""Where in an envelope the members of a record come to stand. The rule changes none of them but into what `_LEAST` has
-there, provided that those of `_NEEDED` are there: so a record whose members are accepted makes an envelope that is."""
+"""Where in an envelope the members of a record come to stand. Provided that those of `_NEEDED` are there, the rule
+changes none but into what it has for one that is absent: so a record whose members are accepted makes an envelope that
+is."""
 _NEEDED = ("timestamp", "event")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 
@@ -44,23 +43,18 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 class EventBuilder:
     """Applies the rule to the records of one batch. Lives as long as it is made.
 
-    What all events of a batch share is validated once, and of each event the rest: so the schema has accepted
-    every envelope as a whole. It is asked about many at once, and only where it refuses about each: so that what
-    is done for every event is as little as can be.
+    The first and the last envelope are validated as a whole, and with them what all share, and the numbers that rise
+    from one to the other; of those between the rest: so the schema has accepted every one of them. It is asked about
+    all at once, and only where it refuses about each: so what is done for every event is as little as can be.
     """
 
     def __init__(self, *, source: Source, trace_id: str | None, emitted_at: str, line_count: int) -> None:
-        """Takes what all events share.
-
-        Raises:
-            ContractError: no event that the schema accepts can have that.
-        """
+        """Takes what all events share."""
         self._accepts, self._are_plain = _checks()
         self._source = source
         self._trace_id = trace_id
         self._emitted_at = emitted_at
         self._line_count = line_count
-        validate(_KIND, self._envelope(_LEAST, {}, None, 0))
 
     def build(self, values: Sequence[Json], texts: Sequence[str], line: int) -> list[EventEnvelope]:
         """The envelopes of records, each of which has a line; `values` are what their `texts` hold.
@@ -111,14 +105,17 @@ class EventBuilder:
         )
 
     def _validated(self, envelopes: list[Any]) -> list[EventEnvelope]:
-        try:
-            if envelopes[0]["cursor"]["eventLineOffset"] >= 0 and self._accepts(envelopes):
-                return envelopes
-        except ValueError:
-            pass  # no JSON value
-        for envelope in envelopes:
-            validate(_KIND, envelope)  # it says where
+        if not self._are_valid(envelopes):
+            for envelope in envelopes:
+                validate(_KIND, envelope)  # it says where
         return envelopes
+
+    def _are_valid(self, envelopes: list[Any]) -> bool:
+        first, last = envelopes[0], envelopes[-1]
+        try:
+            return is_valid(_KIND, first) and (first is last or (is_valid(_KIND, last) and self._accepts(envelopes)))
+        except ValueError:
+            return False  # no JSON value
 
     def _envelope(self, value: Json, raw: Json, payload: Any, line: int) -> Any:
         # Written out, with a call only where a value is not as it nearly always is: this runs for every event.

@@ -26,13 +26,18 @@ def validate(kind: str, document: Any) -> None:
     Raises:
         ContractError: it is not; the path says where, the message what was expected.
     """
-    try:
-        if _validator(kind).is_valid(document):
-            return
-    except ValueError:
-        pass  # a value that is no JSON value: violations() says where
+    if is_valid(kind, document):
+        return
     for path, message in violations(kind, document):
         raise ContractError(message, path=path)
+
+
+def is_valid(kind: str, document: Any) -> bool:
+    """Whether `document` is what schema/<kind>.schema.json says."""
+    try:
+        return _validator(kind).is_valid(document)
+    except ValueError:
+        return False  # a value that is no JSON value: violations() says where
 
 
 def violations(kind: str, document: Any) -> list[tuple[str, str]]:

@@ -31,21 +31,12 @@ class StateFolder:
         self.path = path
         if path.resolve().is_relative_to(repo.resolve()):
             raise ValueError(f"state folder {path} is inside the repo {repo}, which sandbox code can write")
-
-    @property
-    def journal(self) -> Path:
+        self.journal = path / "journal.sqlite3"
         """The journal's file."""
-        return self.path / "journal.sqlite3"
-
-    @property
-    def executions(self) -> Path:
+        self.executions = path / "executions"
         """The folder of what executions leave behind."""
-        return self.path / "executions"
-
-    @property
-    def ballast(self) -> Path:
+        self.ballast = path / "ballast"
         """A file that only takes room."""
-        return self.path / "ballast"
 
     def make(self) -> None:
         """Makes the folder, for this user only.
