@@ -25,7 +25,7 @@ from sprite_agent.errors import (
     Starting,
 )
 from sprite_agent.event_log import index as log_index
-from sprite_agent.event_log import rereading
+from sprite_agent.event_log import log as log_module
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.pieces import PIECE, Pace, goes_on
 from sprite_agent.event_log.records import MAX_RECORD_BYTES, RUN_BYTES, Position
@@ -563,22 +563,24 @@ def test_a_change_in_the_same_moment_as_the_last_look_is_noticed_too(log: EventL
     assert log.refresh().identity != before.identity
 
 
-def test_a_large_log_is_read_again_in_the_background_while_somebody_looks(
+def test_a_large_log_is_read_again_piece_by_piece_beside_other_looks(
     log: EventLog, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rereading, "_PIECE", 0.0)  # a chunk with each look
+    monkeypatch.setattr(log_module, "_BESIDE", 0.0)  # a chunk each time
     loop.append(numbered(10_000, width=100))
     before = log.refresh()
     changed_in_the_middle(loop)
     loop.append(numbered(1))
 
-    looks = 0
-    while log.refresh().identity == before.identity:
-        looks += 1
-        assert looks < 1000
+    pieces = 0
+    while log.lines_read >= 10_000:
+        log.reread()
+        pieces += 1
+        assert pieces < 1000
         settle(loop)
 
-    assert looks > 1
+    assert pieces > 2
+    assert log.refresh().identity != before.identity
 
 
 @pytest.mark.parametrize("change", [lambda log: log.touch(), lambda log: log.chmod(0o600)], ids=["touched", "chmod"])

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sprite_agent.event_log import rereading
 from sprite_agent.event_log.pieces import Pace
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
 
@@ -59,9 +58,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def go_on(again: Rereading, log: int, stamp: Stamp = OLD) -> bool:
+def go_on(again: Rereading, log: int, stamp: Stamp = OLD, pace: Pace | None = None) -> bool:
     """A piece of the work."""
-    return again.go_on(log, stamp, Whole(), END, Pace())
+    return again.go_on(log, stamp, Whole(), END, pace or Pace())
 
 
 def test_a_log_that_holds_what_was_read_is_covered_when_all_was_read_again(log: int, clock: list[float]) -> None:
@@ -147,15 +146,12 @@ def test_a_pass_that_is_no_longer_needed_is_waited_for_by_nobody(log: int) -> No
     assert again.is_done(wanted)
 
 
-def test_a_log_that_was_changed_a_moment_ago_is_not_covered_by_a_pass_that_begins_now(
-    log: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_that_was_changed_a_moment_ago_is_not_covered_by_a_pass_that_begins_now(log: int) -> None:
     """Its times may stay as they are though it is changed once more."""
-    monkeypatch.setattr(rereading, "_PIECE", 60.0)
     just_now = Stamp(SIZE, time.time_ns(), time.time_ns())
     again = Rereading()
 
-    assert go_on(again, log, just_now)
+    assert go_on(again, log, just_now, Pace(60.0))
 
     assert not again.covers(just_now)
     assert not just_now.is_settled()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.errors import CursorBeyondEnd, ResumeTokenInvalid
 from sprite_agent.event_log.newest import Newest
-from sprite_agent.event_log.pieces import Pace
+from sprite_agent.event_log.pieces import PIECE, Pace
 from sprite_agent.event_log.records import ANY, START, RecordReader, Run
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
 from sprite_agent.event_log.resume import Trail, check_beginning, check_digest
@@ -119,10 +119,11 @@ class LogIndex:
         """What was read since the last call, up to the last view."""
         return [] if self._newest is None else self._newest.take()
 
-    def advance(self, log: int, aim: Aim, *, soon: bool = False) -> bool:
+    def advance(self, log: int, aim: Aim, *, soon: bool = False, background: float = PIECE) -> bool:
         """Goes on for a piece with the file open as `log`; whether everything that `aim` wants was read.
 
-        `soon`: reading again in the background is left to another look, unless it takes next to nothing.
+        `soon`: reading again in the background is left to another look, unless it takes next to nothing; `background`:
+        seconds that it may take.
         """
         pace = Pace()
         status = os.fstat(log)
@@ -140,7 +141,9 @@ class LogIndex:
         if soon and not self._rereading.demanded and self._trail.end > READ_AGAIN_AT_ONCE:
             return True
         end = (self._trail.end, self._trail.digest.digest())
-        if not self._rereading.go_on(log, Stamp.of(status), self, end, pace):
+        if not self._rereading.go_on(
+            log, Stamp.of(status), self, end, pace if self._rereading.demanded else Pace(background)
+        ):
             self._begin_anew(file)
             return False
         return self._rereading.is_done(aim.passes)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from sprite_agent.artifacts import loop_paths
 from sprite_agent.errors import EventsNotFound, Starting
 from sprite_agent.event_log.index import Aim, LogIndex
-from sprite_agent.event_log.pieces import finished, goes_on
+from sprite_agent.event_log.pieces import finished
 from sprite_agent.event_log.reader import LogReader
 from sprite_agent.event_log.resume import parse_token
 
@@ -38,6 +38,8 @@ _LITTLE = 64 * 1024
 """Bytes: reading and judging them takes a millisecond or two, whatever they hold."""
 _NEWEST_BYTES = 256 * 1024
 """Looked at in one go for who keeps up: it takes some milliseconds until they have the first of it."""
+_BESIDE = 0.001
+"""Seconds of reading again beside those looks: what comes meanwhile waits for it."""
 _MAX_WAITING = 8
 """Calls that wait for a log which is still being read; each holds a thread."""
 
@@ -104,13 +106,13 @@ class EventLog:
         return self._called(self.look_steps())
 
     def reread(self) -> None:
-        """Reads a piece of the log again, in the background of looks that leave it out (`newest_steps`).
+        """Reads a short piece of the log again, in the background of looks that leave it out (`newest_steps`).
 
         Raises:
             EventsNotFound, LoopNotFound, ArtifactNotRegular
         """
-        with contextlib.closing(self.look_steps()) as look:
-            goes_on(look)
+        with self._opened() as log, self._lock:
+            self._index.advance(log, Aim(), background=_BESIDE)
 
     def is_quick(self, stamp: LogStamp | None) -> bool:
         """Whether so little of what a log with this stamp holds was not read yet that a look takes no time.

@@ -11,14 +11,12 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from sprite_agent.event_log.pieces import Pace
-
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
+    from sprite_agent.event_log.pieces import Pace
+
 CHUNK = 64 * 1024
-_PIECE = 0.005
-"""Seconds that a look is held up at most for the background."""
 _SHARE = 0.05
 """How much of the time the background may take."""
 _SAVED = 0.1
@@ -106,7 +104,7 @@ class Rereading:
             return True
         if self._pass is None:
             self._pass = _Pass(stamp if stamp.is_settled() else None, end)
-        holds = self._pass.go_on(log, reading, pace if self.demanded else Pace(_PIECE))
+        holds = self._pass.go_on(log, reading, pace)
         if holds and self._pass.is_over:
             self._done += 1
             self._clean, self._pass = self._pass.stamp, None

@@ -36,8 +36,8 @@ _POLLED_AT_ONCE = 64
 """Logs; it takes a fraction of a millisecond."""
 QUIET_PAUSE = 0.002
 """Seconds from one look at a busy log to the next: at once when it was quiet, never one message per append."""
-UNSURE_PAUSE = 0.1
-"""Seconds between looks at a log that was not yet read again since it last changed."""
+UNSURE_PAUSE = 0.02
+"""Seconds between looks at a log that was not yet read again since it last changed; each reads a piece of it again."""
 SETTLED_PAUSE = 1.0
 """Seconds until the times of a file tell whether it was changed since; a small log is read again with each look."""
 
