@@ -45,7 +45,7 @@ def log(tmp_path: Path) -> Iterator[int]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands still but for the reading of a chunk, which takes it two milliseconds."""
+    """A clock, of the time and of the processor, that stands still but for the reading of a chunk: two milliseconds."""
     now = [1000.0]
     pread = os.pread
 
@@ -54,6 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return pread(descriptor, size, offset)
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
     monkeypatch.setattr(os, "pread", taking_time)
     return now
 
@@ -103,6 +104,22 @@ def test_the_background_takes_a_share_of_the_time_and_saves_up_little(log: int, 
         clock[0] = max(clock[0], before + 0.01)
 
     assert 0.5 < spent < 0.1 + 0.05 * 20 + 0.1
+
+
+def test_what_others_took_of_the_processor_meanwhile_is_not_owed(
+    log: int, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "thread_time", lambda: clock[0] / 1000)
+    again = Rereading()
+    pread = os.pread
+    with monkeypatch.context() as slow:
+        slow.setattr(os, "pread", lambda *where: (clock.__setitem__(0, clock[0] + 1.0), pread(*where))[1])
+        assert go_on(again, log)
+
+    before = clock[0]
+    assert go_on(again, log)
+
+    assert clock[0] > before
 
 
 def test_a_pass_that_was_asked_for_is_made_at_once(log: int, clock: list[float]) -> None:

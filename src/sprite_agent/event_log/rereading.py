@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 CHUNK = 64 * 1024
 _SHARE = 0.05
-"""How much of the time the background may take."""
+"""How much of a processor the background may use."""
 _SAVED = 0.1
-"""Seconds of it that may be saved up."""
+"""Seconds of that which may be saved up."""
 _SETTLED = 0.05
 """Seconds after which a file's times have changed if its content has: they are kept in ticks of some milliseconds."""
 
@@ -102,13 +102,14 @@ class Rereading:
         self._credited_at = began
         if not self.demanded and (self.covers(stamp) or self._credit <= 0):
             return True
+        worked = time.thread_time()  # not what others took of the processor meanwhile: it would be owed for long
         if self._pass is None:
             self._pass = _Pass(stamp if stamp.is_settled() else None, end)
         holds = self._pass.go_on(log, reading, pace)
         if holds and self._pass.is_over:
             self._done += 1
             self._clean, self._pass = self._pass.stamp, None
-        self._credit -= time.monotonic() - began
+        self._credit -= time.thread_time() - worked
         return holds
 
 
