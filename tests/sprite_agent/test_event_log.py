@@ -26,6 +26,7 @@ from sprite_agent.errors import (
 )
 from sprite_agent.event_log import index as log_index
 from sprite_agent.event_log import log as log_module
+from sprite_agent.event_log.index import Aim, LogIndex
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.pieces import PIECE, Pace, goes_on
 from sprite_agent.event_log.records import MAX_RECORD_BYTES, RUN_BYTES, Position
@@ -581,6 +582,21 @@ def test_a_large_log_is_read_again_piece_by_piece_beside_other_looks(
 
     assert pieces > 2
     assert log.refresh().identity != before.identity
+
+
+def test_a_small_log_is_read_again_in_one_go_however_slow_the_machine_is(loop: LoopFiles) -> None:
+    loop.append(numbered(3000, width=100))
+    index = LogIndex(str(loop.log))
+    with loop.log.open("rb") as file:
+        assert index.advance(file.fileno(), Aim())
+        before = index.view(file.fileno())
+        changed_in_the_middle(loop)
+        loop.append(numbered(1))
+
+        assert not index.advance(file.fileno(), Aim(), background=0.0)
+
+        assert CHUNK < before.end < log_index.READ_AGAIN_AT_ONCE
+        assert index.view(file.fileno()).identity != before.identity
 
 
 @pytest.mark.parametrize("change", [lambda log: log.touch(), lambda log: log.chmod(0o600)], ids=["touched", "chmod"])

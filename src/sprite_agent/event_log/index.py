@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -141,9 +142,9 @@ class LogIndex:
         if soon and not self._rereading.demanded and self._trail.end > READ_AGAIN_AT_ONCE:
             return True
         end = (self._trail.end, self._trail.digest.digest())
-        if not self._rereading.go_on(
-            log, Stamp.of(status), self, end, pace if self._rereading.demanded else Pace(background)
-        ):
+        if not self._rereading.demanded:
+            pace = Pace(math.inf if self._trail.end <= READ_AGAIN_AT_ONCE else background)
+        if not self._rereading.go_on(log, Stamp.of(status), self, end, pace):
             self._begin_anew(file)
             return False
         return self._rereading.is_done(aim.passes)
