@@ -60,7 +60,10 @@ class LoopStore:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise LoopLocked(f"another manager works on {self.folder}; wait for it to end") from error
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a process that is just being started has the descriptor for a moment
         finally:
             os.close(lock)
 

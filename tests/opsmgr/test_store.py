@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -417,6 +418,24 @@ def test_a_second_manager_is_kept_out_of_a_loop(tmp_path: Path) -> None:
         LoopStore(tmp_path / "loop").locked(),
     ):
         pytest.fail("two managers at once")
+
+
+def test_a_lock_ends_although_a_process_that_is_being_started_still_has_its_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, opened, copies = LoopStore(tmp_path / "loop"), os.open, contextlib.ExitStack()
+
+    def copied(*where: Any, **how: Any) -> int:
+        descriptor = opened(*where, **how)
+        copies.callback(os.close, os.dup(descriptor))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", copied)
+    with copies:
+        with store.locked():
+            pass
+        with store.locked():
+            pass
 
 
 def test_a_manager_of_another_process_is_kept_out_too_until_the_first_one_is_gone(tmp_path: Path) -> None:
