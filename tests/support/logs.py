@@ -21,11 +21,9 @@ def fed(reader: RecordReader, data: bytes) -> list[Record]:
 
 def records_in(found: Run | Record | None) -> list[Record]:
     """The records that were found together, judged."""
-    if isinstance(found, Run):
-        records = [judged(record) for record in found.records()]
-        assert found.values is None or found.values == [record.value for record in records]
-        return records
-    return [] if found is None else [judged(found)]
+    records = [] if found is None else [judged(record) for record in found.records()]
+    assert not isinstance(found, Run) or found.values in (None, [record.value for record in records])
+    return records
 
 
 def records_of(content: bytes) -> list[Record]:

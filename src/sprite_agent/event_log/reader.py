@@ -65,8 +65,7 @@ class LogReader:
         pace = Pace()
         found: list[Record] = []
         while len(found) < _RECORDS_AT_ONCE and (next_one := self.take(end, pace)) is not None:
-            records = next_one.records() if isinstance(next_one, Run) else [next_one]
-            found.extend(map(judged, records))
+            found.extend(map(judged, next_one.records()))
         return found
 
     def take(self, end: int, pace: Pace, most: tuple[int, int] = ANY) -> Run | Record | None:
@@ -101,7 +100,7 @@ class LogReader:
 
     def put_back(self, taken: Run | Record) -> None:
         """Has what was just taken be the next again; the records of a run come one by one then."""
-        self._held.extendleft(reversed(taken.records()) if isinstance(taken, Run) else [taken])
+        self._held.extendleft(reversed(taken.records()))
         self._at = self._before
 
     def pass_steps(self, line: int, end: int) -> Steps[None]:

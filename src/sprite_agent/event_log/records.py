@@ -35,7 +35,8 @@ _LINES_AT_ONCE = 512
 """Some milliseconds' worth of lines that end no record."""
 
 RUN_BYTES = 64 * 1024
-"""Of a run at most: its values can be thirty times as large, and take some milliseconds to make."""
+"""Of a run at most: its values can be thirty times as large, and take some milliseconds to make. Less than
+`MAX_RECORD_BYTES`, so that no line of a run is overlong."""
 _RUN_LINES = 256
 ANY = (sys.maxsize, RUN_BYTES)
 """As many records and bytes as a run can have."""
@@ -80,6 +81,10 @@ class Record(NamedTuple):
     def start(self) -> Position:
         """Before it."""
         return Position(self.first_line - 1, self.end - self.size_bytes)
+
+    def records(self) -> list[Record]:
+        """Itself; as of a `Run`."""
+        return [self]
 
     @property
     def size_bytes(self) -> int:
