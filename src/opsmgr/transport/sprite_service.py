@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from datetime import datetime
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -303,6 +304,9 @@ class SpriteServiceTransport:
 
 
 def _channel(target: str, tls: TlsFiles | None, name: str | None) -> grpc.aio.Channel:
+    with contextlib.suppress(ValueError):
+        IPv4Address(target.rpartition(":")[0])
+        target = f"ipv4:{target}"  # else gRPC would look it up like a name, for a tenth of what a connection takes
     if tls is None:
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
     named = () if name is None else (("grpc.ssl_target_name_override", name),)
