@@ -16,7 +16,6 @@ import os
 import stat
 import time
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sprite_agent.contract import json_text
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import ArtifactRef
     from sprite_agent.contract.json_text import OpenObject
 
-LOOPS = PurePosixPath(".superloop/loops")
-STATE = PurePosixPath(".superloop/state.json")
-ACTIVE_RUN = PurePosixPath(".superloop/active-run.json")
+LOOPS = ".superloop/loops"
+STATE = ".superloop/state.json"
+ACTIVE_RUN = ".superloop/active-run.json"
 
 MAX_DOCUMENT_BYTES = 512 * 1024
 """A document that goes into a snapshot as a whole is not larger: five of them fit a message."""
@@ -48,11 +47,11 @@ _REREAD_PAUSE = 0.02
 class LoopPaths:
     """Where one loop's artifacts are, relative to the repo."""
 
-    root: PurePosixPath
-    events: PurePosixPath
-    run_summary: PurePosixPath
-    approval: PurePosixPath
-    heartbeat: PurePosixPath
+    root: str
+    events: str
+    run_summary: str
+    approval: str
+    heartbeat: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,23 +70,26 @@ def loop_paths(loop_id: str) -> LoopPaths:
         LoopIdInvalid: the id is not a single plain path component.
     """
     check_loop_id(loop_id)
-    root = LOOPS / loop_id
+    root = f"{LOOPS}/{loop_id}"
     return LoopPaths(
         root=root,
-        events=root / "events.jsonl",
-        run_summary=root / "run-summary.json",
-        approval=root / "approval.json",
-        heartbeat=root / "heartbeat.v1.json",
+        events=f"{root}/events.jsonl",
+        run_summary=f"{root}/run-summary.json",
+        approval=f"{root}/approval.json",
+        heartbeat=f"{root}/heartbeat.v1.json",
     )
 
 
 class ArtifactFiles:
-    """The files below one repo. Holds nothing open between calls; any thread may call."""
+    """The files below one repo, named by their paths relative to it, with slashes.
+
+    Holds nothing open between calls; any thread may call.
+    """
 
     def __init__(self, repo: Path) -> None:
         self.repo = repo
 
-    def open(self, path: PurePosixPath) -> int | None:
+    def open(self, path: str) -> int | None:
         """A read-only descriptor of the regular file at `path`, or None where there is nothing.
 
         The caller closes it.
@@ -96,18 +98,19 @@ class ArtifactFiles:
             ArtifactNotRegular: a component is a link, or the file is no regular file, or is somebody else's and has
                 another name elsewhere.
         """
-        folder = self.open_folder(path.parent)
+        parent, _, name = path.rpartition("/")
+        folder = self.open_folder(parent)
         if folder is None:
             return None
         try:
-            return self._open_in(folder, path)
+            return self._open_in(folder, name, path)
         finally:
             os.close(folder)
 
-    def _open_in(self, folder: int, path: PurePosixPath) -> int | None:
+    def _open_in(self, folder: int, name: str, path: str) -> int | None:
         owner = os.fstat(folder).st_uid
         try:
-            descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -118,7 +121,7 @@ class ArtifactFiles:
             raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})
         return descriptor
 
-    def open_folder(self, path: PurePosixPath) -> int | None:
+    def open_folder(self, path: str) -> int | None:
         """A descriptor of the folder at `path`, or None where there is nothing. The caller closes it.
 
         Raises:
@@ -129,7 +132,7 @@ class ArtifactFiles:
             folder = os.open(self.repo, flags)
         except FileNotFoundError:
             return None
-        for part in path.parts:
+        for part in path.split("/"):
             try:
                 below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
             except FileNotFoundError:
@@ -149,6 +152,14 @@ class ArtifactFiles:
             yield kept
         finally:
             kept.close()
+
+    def seems_to_have(self, loop_id: str) -> bool:
+        """Whether there seems to be such a loop: a hint, for a fraction of what it takes to be sure.
+
+        Raises:
+            LoopIdInvalid
+        """
+        return os.path.isdir(f"{self.repo}/{loop_paths(loop_id).root}")  # noqa: PTH112  # without making a Path
 
     def require_loop(self, loop_id: str) -> LoopPaths:
         """The paths of a loop that has an artifact folder.
@@ -176,7 +187,7 @@ class ArtifactFiles:
             os.close(folder)
         return sorted(name for name in names if LOOP_ID.fullmatch(name))
 
-    def read_document(self, path: PurePosixPath, *, limit: int = MAX_DOCUMENT_BYTES) -> Document:
+    def read_document(self, path: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Document:
         """The JSON object in the file at `path`, of at most `limit` bytes.
 
         Raises:
@@ -200,7 +211,7 @@ class ArtifactFiles:
                     ) from error
             time.sleep(_REREAD_PAUSE)
 
-    def _read(self, path: PurePosixPath, limit: int) -> tuple[bytes | None, ArtifactRef]:
+    def _read(self, path: str, limit: int) -> tuple[bytes | None, ArtifactRef]:
         descriptor = self.open(path)
         if descriptor is None:
             return None, missing_ref(path)
@@ -215,7 +226,7 @@ class ArtifactFiles:
         if len(content) > limit:
             raise ArtifactMalformed(f"{self.repo / path} is larger than {limit} bytes", details={"path": path})
         return content, {
-            "path": str(path),
+            "path": path,
             "exists": True,
             "sizeBytes": len(content),
             "lineCount": content.count(b"\n"),
@@ -223,7 +234,7 @@ class ArtifactFiles:
             "mtimeEpoch": modified,
         }
 
-    def _refused(self, path: PurePosixPath, error: OSError) -> ArtifactNotRegular | ArtifactMalformed:
+    def _refused(self, path: str, error: OSError) -> ArtifactNotRegular | ArtifactMalformed:
         if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.ENXIO}:
             return ArtifactNotRegular(
                 f"{self.repo / path} is reached through a link or is no regular file", details={"path": path}
@@ -238,13 +249,13 @@ class _KeptFolders(ArtifactFiles):
         super().__init__(repo)
         self._folders: dict[str, int | None] = {}
 
-    def open(self, path: PurePosixPath) -> int | None:
+    def open(self, path: str) -> int | None:
         """See `ArtifactFiles`."""
-        name, _, _ = str(path).rpartition("/")
-        if name not in self._folders:
-            self._folders[name] = self.open_folder(path.parent)
-        folder = self._folders[name]
-        return None if folder is None else self._open_in(folder, path)
+        parent, _, name = path.rpartition("/")
+        if parent not in self._folders:
+            self._folders[parent] = self.open_folder(parent)
+        folder = self._folders[parent]
+        return None if folder is None else self._open_in(folder, name, path)
 
     def close(self) -> None:
         """Closes the folders."""
@@ -265,6 +276,6 @@ def _why_refused(status: os.stat_result, owner: int) -> str | None:
     return None
 
 
-def missing_ref(path: PurePosixPath) -> ArtifactRef:
+def missing_ref(path: str) -> ArtifactRef:
     """What is said of a file that is not there."""
-    return {"path": str(path), "exists": False, "sizeBytes": 0, "lineCount": 0, "sha256": None, "mtimeEpoch": None}
+    return {"path": path, "exists": False, "sizeBytes": 0, "lineCount": 0, "sha256": None, "mtimeEpoch": None}

@@ -29,7 +29,7 @@ from sprite_agent.event_log.workers import Workers
 from sprite_agent.snapshot import build_snapshot, read_artifacts
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
     from typing import Any
 
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 _HEAD_AGE = 1.0
 """Seconds."""
+
+
+async def _nothing() -> None:
+    """What most do before they wait."""
 
 
 class Repo:
@@ -126,17 +130,25 @@ class Repo:
         reading = build_snapshot(found, repo=str(self.path), loop_id=loop_id, trace_id=trace_id, run_id=run_id)
         return replace(reading, findings=self._findings(loop_id, found.approval.value))
 
-    async def stream_events(self, query: EventQuery, *, raw: bool = False) -> AsyncGenerator[EventBatch]:
-        """The batches of one subscription, of raw events where `raw`; see `event_log.stream` for its promises."""
+    def stream_events(
+        self, query: EventQuery, *, raw: bool = False, before_waiting: Callable[[], Awaitable[None]] = _nothing
+    ) -> AsyncGenerator[EventBatch]:
+        """The batches of one subscription; see `event_log.stream.stream_events`.
+
+        Raises:
+            LoopIdInvalid, CursorInvalid, ResumeTokenInvalid, RequestInvalid, LoopNotFound, ArtifactNotRegular
+        """
         check_query(query)
-        log = self._log(query.loop_id)
-        batches = stream_events(
-            log, query, raw=raw, repo=self.path, workers=self._workers, tails=self._tails, end=self._stream_end
+        return stream_events(
+            self._log(query.loop_id),
+            query,
+            raw=raw,
+            before_waiting=before_waiting,
+            repo=self.path,
+            workers=self._workers,
+            tails=self._tails,
+            end=self._stream_end,
         )
-        async with contextlib.aclosing(batches):
-            with contextlib.suppress(StopAsyncIteration):
-                while True:
-                    yield await anext(batches)  # kept in no variable: parsed, it can be large
 
     def end_streams(self) -> None:
         """Ends every stream, now and from now on, each with a last batch that says where to resume."""
@@ -214,6 +226,7 @@ class Repo:
         """
         if (known := self._logs.get(loop_id)) is not None:
             return known
-        self._files.require_loop(loop_id)  # else anybody could fill the table with names
+        if not self._files.seems_to_have(loop_id):  # else anybody could fill the table with names
+            self._files.require_loop(loop_id)
         with self._lock:
             return self._logs.setdefault(loop_id, EventLog(self._files, loop_id, patience=self._patience))

@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import threading
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -230,7 +230,7 @@ def test_control_refuses_a_loop_id_that_is_no_plain_path_component(repo: Repo, l
 def test_a_plain_path_component_is_a_loop_id(loop: LoopFiles, files: ArtifactFiles, loop_id: str) -> None:
     (loop.folder.parent / loop_id).mkdir()
 
-    assert files.require_loop(loop_id).root == PurePosixPath(".superloop/loops") / loop_id
+    assert files.require_loop(loop_id).root == f".superloop/loops/{loop_id}"
 
 
 def test_the_loops_are_the_folders_with_a_loop_id_for_a_name(loop: LoopFiles, files: ArtifactFiles) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ async def folders() -> AsyncIterator[FolderWatch]:
 
 @pytest.fixture
 async def changes(folders: FolderWatch, tmp_path: Path) -> AsyncIterator[Changes]:
-    with folders.follow(lambda: os.open(tmp_path, os.O_RDONLY)) as followed:
+    with contextlib.closing(folders.follow(lambda: os.open(tmp_path, os.O_RDONLY))) as followed:
         yield followed
 
 
@@ -70,7 +71,7 @@ async def test_everybody_is_told_where_the_system_has_kept_no_more(
     other_folder = tmp_path / "other"
     other_folder.mkdir()
     assert await changes.wait(SOON)  # of that
-    with folders.follow(lambda: os.open(other_folder, os.O_RDONLY)) as other:
+    with contextlib.closing(folders.follow(lambda: os.open(other_folder, os.O_RDONLY))) as other:
         monkeypatch.setattr(folders._inotify, "read", lambda timeout: [Event(-1, 0x4000, 0, "")])  # noqa: ARG005, SLF001  # as the system says it
         for _ in range(2):
             folders._wake()  # noqa: SLF001  # no test can fill the system's queue in reasonable time

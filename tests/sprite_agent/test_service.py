@@ -22,11 +22,13 @@ from sprite_agent.contract.validation import validate
 from sprite_agent.control.engine import MAX_CONTROLS
 from sprite_agent.control.journal import RETENTION_SECONDS
 from sprite_agent.errors import LoopNotFound
+from sprite_agent.event_log.index import LogIndex
 from sprite_agent.face.server import running
 from sprite_agent.face.service import MAX_REQUEST_BYTES, Identity, SpriteAgentService
 from sprite_agent.repo import Repo
 from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
+from support.logs import numbered
 from support.repos import LOOP, event, line
 from support.runtime import SKIPS, executions, request, turn
 from support.waiting import DEADLINE, until
@@ -625,14 +627,33 @@ async def test_of_a_bug_a_peer_learns_an_id_that_finds_its_text_in_the_log(
     expect_bug(answer, log)
 
 
+async def test_a_peer_that_waits_for_the_connection_does_not_wait_until_a_large_log_was_read(
+    stub: Stub, agent: Agent, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.append(numbered(1000, width=100))
+    is_connected, advance = threading.Event(), LogIndex.advance
+
+    def waiting(index: LogIndex, *args: Any, **options: Any) -> bool:
+        assert is_connected.wait(DEADLINE)
+        return advance(index, *args, **options)
+
+    monkeypatch.setattr(LogIndex, "advance", waiting)
+    call = stub.StreamEvents(pb.StreamEventsRequest(loop_id=LOOP), metadata=agent.metadata, timeout=DEADLINE)
+
+    await call.wait_for_connection()
+    is_connected.set()
+
+    assert sum([len(response.events) async for response in call]) == 1000
+
+
 async def test_of_a_bug_in_a_stream_a_peer_learns_an_id_that_finds_its_text_in_the_log(
     stub: Stub, agent: Agent, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repo.append(line(event()))
     whole = Repo.stream_events
 
-    async def breaking(core: Repo, query: Any, *, raw: bool) -> Any:
-        async for batch in whole(core, query, raw=raw):
+    async def breaking(core: Repo, query: Any, **options: Any) -> Any:
+        async for batch in whole(core, query, **options):
             yield batch
         raise BUG
 

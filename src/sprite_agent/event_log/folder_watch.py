@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from sprite_agent.errors import OpsError
+from sprite_agent.event_log.waiting import tell, waited
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from inotify_simple import INotify
 
@@ -31,15 +31,11 @@ class FolderWatch:
         self._inotify: INotify | None = None
         self._followers: dict[int, set[Changes]] = {}
 
-    @contextlib.contextmanager
-    def follow(self, open_folder: Callable[[], int | None]) -> Iterator[Changes]:
+    def follow(self, open_folder: Callable[[], int | None]) -> Changes:
         """Changes, from now on, in the folder that `open_folder` gives a descriptor of, to be closed, or None."""
         changes = Changes(self, open_folder)
         changes.look_anew()
-        try:
-            yield changes
-        finally:
-            changes.end()
+        return changes
 
     def close(self) -> None:
         """Ends all watching; followers go on by polling."""
@@ -96,7 +92,7 @@ class FolderWatch:
 
 
 class Changes:
-    """One follower's view of a folder."""
+    """One follower's view of a folder. Close it at the end."""
 
     def __init__(self, folders: FolderWatch, open_folder: Callable[[], int | None]) -> None:
         self._folders = folders
@@ -117,7 +113,7 @@ class Changes:
         if before is not None and before != self._watch:
             self._folders.remove(before, self)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Watches no more."""
         if self._watch is not None:
             self._folders.remove(self._watch, self)
@@ -126,11 +122,11 @@ class Changes:
     def notice(self) -> None:
         """There is a change."""
         if self._changed and self._watch is not None:
-            self.end()
+            self.close()
             self.is_deaf = True
         self._changed = True
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        if self._waiting is not None:
+            tell(self._waiting)
 
     async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109  # a poll's period, not a failure
         """Returns after a change, or without one after `timeout` seconds, sooner where nobody tells: whether one."""
@@ -138,8 +134,6 @@ class Changes:
             self._waiting = asyncio.get_running_loop().create_future()
             if self._watch is None:
                 timeout = min(timeout, POLL_ALONE)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout if timeout < math.inf else None):
-                    await self._waiting
+            await waited(self._waiting, timeout)
         changed, self._changed = self._changed, False
         return changed

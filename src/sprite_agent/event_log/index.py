@@ -129,7 +129,9 @@ class LogIndex:
         pace = Pace()
         status = os.fstat(log)
         file = (status.st_dev, status.st_ino)
-        if file != self._file or not self._trail.is_whole(log):
+        if self._file is None:
+            self._file, self._identity = file, 1
+        elif file != self._file or not self._trail.is_whole(log):
             self._begin_anew(file)
         self._notice(status)
         if aim.identity != self._identity:
@@ -149,15 +151,24 @@ class LogIndex:
             return False
         return self._rereading.is_done(aim.passes)
 
-    def view(self, log: int) -> LogView:
-        """What the log open as `log` is like, after `advance` has said that all was read."""
+    def is_at(self, view: LogView, inode: int, stamp: Stamp) -> bool:
+        """Whether what was read is what `view` saw, and all that a file of that inode and with that stamp holds."""
+        return (
+            (view.identity, view.token.position) == (self._identity, self._records.boundary)
+            and self._file is not None
+            and (inode, stamp, stamp.size) == (self._file[1], self._stamp, self._trail.end)
+        )
+
+    def view(self) -> LogView:
+        """What the log is like, after `advance` has said that all was read."""
+        assert self._stamp is not None  # noqa: S101  # advance() came first
         ref: ArtifactRef = {
             "path": self._path,
             "exists": True,
             "sizeBytes": self._trail.end,
             "lineCount": self._records.lines,
             "sha256": self._trail.digest.hexdigest(),
-            "mtimeEpoch": int(os.fstat(log).st_mtime),
+            "mtimeEpoch": self._stamp.modified // 10**9,
         }
         boundary = self._records.boundary
         token = self._trail.token(boundary)
@@ -169,7 +180,7 @@ class LogIndex:
             last_record=self._last_record,
             token=token,
             ref=ref,
-            is_sure=self._stamp is not None and self._rereading.covers(self._stamp),
+            is_sure=self._rereading.covers(self._stamp),
             identity=self._identity,
         )
 

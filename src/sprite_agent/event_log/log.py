@@ -19,6 +19,7 @@ from sprite_agent.errors import EventsNotFound, Starting
 from sprite_agent.event_log.index import Aim, LogIndex
 from sprite_agent.event_log.pieces import finished
 from sprite_agent.event_log.reader import LogReader
+from sprite_agent.event_log.rereading import Stamp
 from sprite_agent.event_log.resume import parse_token
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ class LogStamp(NamedTuple):
     """By what a file that has changed can be told, most likely."""
 
     inode: int
-    size: int
-    modified: int
-    changed: int
+    content: Stamp
 
 
 class EventLog:
@@ -81,11 +80,13 @@ class EventLog:
         self._files = files
         self.loop_id = loop_id
         self._patience = patience
-        self.path = loop_paths(loop_id).events
-        self._place = files.repo / self.path
+        paths = loop_paths(loop_id)
+        self.path = paths.events
+        self._folder = paths.root
+        self._place = f"{files.repo}/{self.path}"
         # Guards the index; held for one piece of work, and never while anyone waits for a peer.
         self._lock = threading.Lock()
-        self._index = LogIndex(str(self.path))
+        self._index = LogIndex(self.path)
         self._kept: int | None = None
         """The log, open as long as somebody keeps up with it."""
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
@@ -119,20 +120,20 @@ class EventLog:
 
         Then the way to another thread would take longer; but nobody else may be at work on it, and none waits here.
         """
-        return stamp is not None and 0 <= stamp.size - self._index.end <= _LITTLE and not self._lock.locked()
+        return stamp is not None and 0 <= stamp.content.size - self._index.end <= _LITTLE and not self._lock.locked()
 
     def stamp(self) -> LogStamp | None:
         """What the file at the log's path looks like, in a few microseconds: a hint whether to look at it, no more."""
         try:
-            status = self._place.lstat()
+            status = os.lstat(self._place)
         except OSError:
             return None
-        return LogStamp(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return LogStamp(status.st_ino, Stamp.of(status))
 
     def is_small(self) -> bool:
         """Whether all of it can be read in no time; see `is_quick`."""
         stamp = self.stamp()
-        return stamp is not None and stamp.size <= _LITTLE and self.is_quick(stamp)
+        return stamp is not None and stamp.content.size <= _LITTLE and self.is_quick(stamp)
 
     def reader_after_line(self, line: int) -> LogReader:
         """A reader of the records after line `line` (of a record over several lines, its last counts).
@@ -159,7 +160,7 @@ class EventLog:
         while True:
             with self._opened() as log, self._lock:
                 if self._index.advance(log, aim):
-                    return self._index.view(log)
+                    return self._index.view()
             yield
 
     def newest_steps(self) -> Steps[Arrived]:
@@ -169,7 +170,7 @@ class EventLog:
             with self._lock:
                 log = self._found_again()
                 if self._index.advance(log, aim, soon=True):
-                    return Arrived(self._index.view(log), self._index.take_newest(), aim.is_all)
+                    return Arrived(self._index.view(), self._index.take_newest(), aim.is_all)
             yield
 
     def keep_newest(self, builder: EventBuilder | None) -> None:
@@ -180,6 +181,11 @@ class EventLog:
         with self._lock:
             self._index.keep_newest(builder)
             self._let_go()
+
+    def is_at(self, view: LogView, stamp: LogStamp) -> bool:
+        """Whether a log with this stamp holds just what was read, and that is what `view` saw."""
+        with self._lock:
+            return self._index.is_at(view, stamp.inode, stamp.content)
 
     def after_line_steps(self, line: int) -> Steps[Opened]:
         """See `reader_after_line`."""
@@ -205,16 +211,21 @@ class EventLog:
         Raises:
             ArtifactNotRegular
         """
-        return self._files.open_folder(self.path.parent)
+        return self._files.open_folder(self._folder)
 
     def _open_steps(self, find: Callable[[int], tuple[Position, Hash]]) -> Steps[Opened]:
         """Opens a reader at a place that is looked for once all of the log was read."""
         aim = Aim()
         while True:
-            # The very descriptor that the index was brought up to date with: all is of one file.
-            with self._kept_open() as log, self._lock:
-                if self._index.advance(log, aim):
-                    return Opened(LogReader(log, *find(log)), self._index.view(log))
+            log = self._open()
+            try:
+                with self._lock:
+                    if self._index.advance(log, aim):
+                        # Of the very descriptor that the index was brought up to date with: all is of one file.
+                        return Opened(LogReader(log, *find(log)), self._index.view())
+            except BaseException:
+                os.close(log)
+                raise
             os.close(log)
             yield
 
@@ -246,7 +257,7 @@ class EventLog:
         """
         if self._kept is not None:
             with contextlib.suppress(OSError):
-                if os.path.samestat(self._place.lstat(), os.fstat(self._kept)):
+                if os.path.samestat(os.lstat(self._place), os.fstat(self._kept)):
                     return self._kept
             self._let_go()
         self._kept = self._open()
@@ -266,21 +277,9 @@ class EventLog:
         finally:
             os.close(log)
 
-    @contextlib.contextmanager
-    def _kept_open(self) -> Iterator[int]:
-        """A descriptor of the log that outlives the block, unless that fails."""
-        log = self._open()
-        try:
-            yield log
-        except BaseException:
-            os.close(log)
-            raise
-
     def _open(self) -> int:
         log = self._files.open(self.path)
         if log is None:
             self._files.require_loop(self.loop_id)
-            raise EventsNotFound(
-                f"required artifact missing: {self._files.repo / self.path}", details={"loopId": self.loop_id}
-            )
+            raise EventsNotFound(f"required artifact missing: {self._place}", details={"loopId": self.loop_id})
         return log

@@ -21,7 +21,7 @@ from sprite_agent.event_log.records import START, Run, values_of
 from sprite_agent.event_log.resume import START_TOKEN, parse_token
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
     from sprite_agent.contract.envelopes import EventEnvelope
@@ -55,12 +55,21 @@ class StreamEnd:
 
 
 def stream_events(
-    log: EventLog, query: EventQuery, *, raw: bool, repo: Path, workers: Workers, tails: Tails, end: StreamEnd
+    log: EventLog,
+    query: EventQuery,
+    *,
+    raw: bool,
+    before_waiting: Callable[[], Awaitable[None]],
+    repo: Path,
+    workers: Workers,
+    tails: Tails,
+    end: StreamEnd,
 ) -> AsyncGenerator[EventBatch]:
     """The batches of one subscription, of raw events where `raw`: the first at once, with or without events.
 
-    A stream that `end` ends gives out a last batch, which says where to resume. Nothing of a batch is
-    kept while its reader has it: parsed, it can be many times as large as its text.
+    Where the first may take a while, as the log has to be read, `before_waiting` is called before. A stream that
+    `end` ends gives out a last batch, which says where to resume. Nothing of a batch is kept while its reader has it:
+    parsed, it can be many times as large as its text.
 
     Raises:
         EventMalformed: after everything before the malformed record was given out.
@@ -68,7 +77,7 @@ def stream_events(
             this log.
         CursorInvalid, ResumeTokenInvalid, RequestInvalid, LoopNotFound, EventsNotFound, ArtifactNotRegular
     """
-    return _Stream(log, query, str(repo), end, raw=raw).batches(workers, tails)
+    return _Stream(log, query, str(repo), end, raw=raw).batches(workers, tails, before_waiting)
 
 
 class _Stream:
@@ -115,11 +124,13 @@ class _Stream:
             self._opened.close()
             self._opened = None
 
-    async def batches(self, workers: Workers, tails: Tails) -> AsyncGenerator[EventBatch]:
+    async def batches(
+        self, workers: Workers, tails: Tails, before_waiting: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator[EventBatch]:
         """Batches until the query is satisfied."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
-            async with contextlib.aclosing(self._open(workers)) as beats:
+            async with contextlib.aclosing(self._open(workers, before_waiting)) as beats:
                 async for beat in beats:
                     yield beat
             if self._opened is None:
@@ -135,7 +146,7 @@ class _Stream:
                     return
                 if self._is_over():
                     break
-                tail = tail or stack.enter_context(tails.follow(self._log))
+                tail = tail or stack.enter_context(tails.follow(self._log, self._view))
                 await tail.wait(turn, self._patience())
                 if not self._query.max_events:  # else a portion of the tail may be more than is wanted
                     async with contextlib.aclosing(self._follow(tail, workers)) as batches:
@@ -193,13 +204,16 @@ class _Stream:
         builder = self._builder(batch.emitted_at)
         return replace(batch, events=[event for raw in batch.raw_events for event in builder.whole(raw)], raw_events=[])
 
-    async def _open(self, workers: Workers) -> AsyncGenerator[EventBatch]:
+    async def _open(
+        self, workers: Workers, before_waiting: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator[EventBatch]:
         """Finds the place to start from. Beats while a large log is read, if the place can be said before."""
         token, line = self._query.resume_token, self._query.after_line
         start = START_TOKEN if token is None else parse_token(token)
         with contextlib.closing(self._open_steps()) as opening:
             if self._log.is_small() and not goes_on(opening):
                 return
+            await before_waiting()
             while not self._is_over() and await workers.run(lambda: goes_on(opening)):
                 if self._silence() <= 0 and (token or not line):
                     self._heard_at = time.monotonic()
@@ -219,9 +233,8 @@ class _Stream:
         token, line = self._query.resume_token, self._query.after_line
         steps = self._log.after_line_steps(line) if token is None else self._log.after_token_steps(token)
         self._opened, self._view = yield from steps
-        self._stand()
         if token is not None:
-            self._last_line = self._position.line
+            self._last_line = self._opened.position.line
         self._found, self._first_fault = self._next_batch()
 
     def _silence(self) -> float:
@@ -322,8 +335,7 @@ class _Stream:
             bytes_left -= size
         self._stand()
         self._caught_up = reader.at_end(end)
-        batch = replace(self._bookmark(), events=events, raw_events=raw, skipped=skipped, emitted_at=emitted_at)
-        return batch, fault
+        return self._batch(emitted_at, events, raw, skipped), fault
 
     def _sent_enough(self) -> bool:
         return 0 < self._query.max_events <= self._sent
@@ -342,13 +354,19 @@ class _Stream:
 
     def _bookmark(self) -> EventBatch:
         """Where the stream stands, without events."""
+        return self._batch(clock.now(), [], [], [])
+
+    def _batch(
+        self, emitted_at: str, events: list[EventEnvelope], raw_events: list[RawEvents], skipped: list[SkippedRecord]
+    ) -> EventBatch:
         return EventBatch(
-            events=[],
+            events=events,
             cursor={"eventLineOffset": self._last_line, "eventLineCount": self._view.lines},
             resume_token=self._token,
             caught_up=self._caught_up,
-            skipped=[],
-            emitted_at=clock.now(),
+            skipped=skipped,
+            emitted_at=emitted_at,
+            raw_events=raw_events,
         )
 
 

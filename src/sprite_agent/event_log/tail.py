@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
 from sprite_agent.event_log.index import READ_AGAIN_AT_ONCE
+from sprite_agent.event_log.log import Arrived
 from sprite_agent.event_log.pieces import goes_on
+from sprite_agent.event_log.waiting import tell, waited
 from sprite_agent.event_log.window import Window
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import Source
     from sprite_agent.event_log.folder_watch import Changes, FolderWatch
     from sprite_agent.event_log.index import LogView
-    from sprite_agent.event_log.log import Arrived, EventLog, LogStamp
+    from sprite_agent.event_log.log import EventLog, LogStamp
     from sprite_agent.event_log.pieces import Steps
     from sprite_agent.event_log.window import News
     from sprite_agent.event_log.workers import Workers
@@ -53,12 +55,12 @@ class Tails:
         self._polling: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
-    def follow(self, log: EventLog) -> Iterator[Tail]:
-        """The tail of a log, which somebody looks at inside the block."""
+    def follow(self, log: EventLog, seen: LogView) -> Iterator[Tail]:
+        """The tail of a log, which somebody looks at inside the block; `seen`: what they have seen of it."""
         tail = self._tails.get(log)
         if tail is None:
             source: Source = {"repoPath": self._repo, "loopId": log.loop_id}
-            tail = self._tails[log] = Tail(log, source, self._folders, self._workers)
+            tail = self._tails[log] = Tail(log, source, self._folders.follow(log.open_folder), self._workers, seen)
             self._polling = self._polling or asyncio.create_task(self._poll())
         tail.followers += 1
         try:
@@ -91,7 +93,7 @@ class Tails:
 class Tail:
     """See the module. Lives as long as somebody follows; a task of its own looks at the log."""
 
-    def __init__(self, log: EventLog, source: Source, folders: FolderWatch, workers: Workers) -> None:
+    def __init__(self, log: EventLog, source: Source, changes: Changes, workers: Workers, seen: LogView) -> None:
         self.followers = 0
         self.view: LogView | None = None
         """What the log was like at the last look; None: none yet, or it failed."""
@@ -99,7 +101,7 @@ class Tail:
         """Rises with each look, and whenever everybody is woken."""
         self._log = log
         self._source = source
-        self._folders = folders
+        self._changes = changes
         self._workers = workers
         self._window = Window()
         self._reread_at = -math.inf
@@ -109,16 +111,21 @@ class Tail:
         """Whether the log keeps what comes, for this."""
         self._has_moved = False
         """Whether the folder may be another one since it was looked for last."""
-        self._changes: Changes | None = None
         self._stamp: LogStamp | None = None
         """What the file looked like before the last look."""
+        self._looked_at = -math.inf
+        """When the last look began."""
+        self._is_all = True
+        """Whether it has found all that there was."""
         self._waiting: set[asyncio.Future[None]] = set()
         self._wanted = asyncio.Event()
+        self._go_on_from(seen)
         self._task = asyncio.create_task(self._watch())
 
     def close(self) -> None:
         """Looks no more."""
         self._task.cancel()
+        self._changes.close()
         self._log.keep_newest(None)
         self._window = Window()  # a cancelled task keeps this tail until cycles are looked for, which is seldom
 
@@ -126,14 +133,13 @@ class Tail:
         """Has every follower look at the tail."""
         self.turn += 1
         for woken in self._waiting:
-            if not woken.done():
-                woken.set_result(None)
+            tell(woken)
         self._waiting.clear()
         self._wanted.clear()
 
     def poll(self) -> None:
         """Finds out whether the log has changed."""
-        if self._changes is not None and self._log.stamp() != self._stamp:
+        if self._log.stamp() != self._stamp:
             self._changes.notice()
 
     async def wait(self, turn: int, timeout: float) -> None:  # noqa: ASYNC109  # a follower's own beat, not a failure
@@ -144,9 +150,7 @@ class Tail:
         self._waiting.add(woken)
         self._wanted.set()
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await woken
+            await waited(woken, timeout)
         finally:
             self._waiting.discard(woken)
 
@@ -160,25 +164,28 @@ class Tail:
         """What there is from the portion of that number on; None: it is gone, or can't be sent as it is."""
         return None if self.view is None else self._window.news(number)
 
-    async def _watch(self) -> None:
-        with self._folders.follow(self._log.open_folder) as changes:
-            self._changes = changes
-            while True:
-                self._stamp, began = self._log.stamp(), time.monotonic()
-                try:
-                    is_all = await self._look(changes)
-                except Exception:  # noqa: BLE001  # of whatever kind: whoever follows looks for themselves, and meets it too
-                    self.view, self._has_moved, is_all = None, True, True
-                    self.wake()
-                await self._wanted.wait()  # as long as all are behind, they read for themselves
-                if not is_all:
-                    continue
-                await self._wait(changes, began)
+    def _go_on_from(self, seen: LogView) -> None:
+        """Spares the first look, where it would find what the first follower has just seen."""
+        self._stamp = self._log.stamp()
+        if self._stamp is not None and self._log.is_quick(self._stamp):
+            self._keep()
+            if self._log.is_at(seen, self._stamp):
+                self._publish(Arrived(seen, [], is_all=True))
 
-    async def _wait(self, changes: Changes, began: float) -> None:
-        """Returns when another look is due: after a change, and not too soon after the last look, which began then."""
+    async def _watch(self) -> None:
+        if self.view is None:
+            await self._look()
+        while True:
+            await self._wanted.wait()  # as long as all are behind, they read for themselves
+            if self._is_all:
+                await self._wait()
+            await self._look()
+
+    async def _wait(self) -> None:
+        """Returns when another look is due: after a change, and not too soon after the last look."""
+        changes = self._changes
         if changes.is_deaf:
-            await self._rest(began)
+            await self._rest()
             if self._log.stamp() != self._stamp:
                 return
             changes.look_anew()
@@ -188,10 +195,10 @@ class Tail:
         while not await changes.wait(pause):
             if pause < math.inf or self._log.stamp() != self._stamp:
                 break
-        await self._rest(began)
+        await self._rest()
 
-    async def _rest(self, began: float) -> None:
-        if (rest := began + QUIET_PAUSE - time.monotonic()) > 0:
+    async def _rest(self) -> None:
+        if (rest := self._looked_at + QUIET_PAUSE - time.monotonic()) > 0:
             await asyncio.sleep(rest)
 
     def _pause(self) -> float:
@@ -202,8 +209,16 @@ class Tail:
             return math.inf
         return UNSURE_PAUSE if self.view.end > READ_AGAIN_AT_ONCE else SETTLED_PAUSE
 
-    async def _look(self, changes: Changes) -> bool:
-        """Looks at what is new; whether that was all."""
+    async def _look(self) -> None:
+        """Looks at what is new."""
+        self._stamp, self._looked_at = self._log.stamp(), time.monotonic()
+        try:
+            await self._read_newest()
+        except Exception:  # noqa: BLE001  # of whatever kind: whoever follows looks for themselves, and meets it too
+            self.view, self._has_moved, self._is_all = None, True, True
+            self.wake()
+
+    async def _read_newest(self) -> None:
         with contextlib.closing(self._look_steps()) as look:
             is_quick = self._log.is_quick(self._stamp)
             more = goes_on(look) if is_quick else await self._workers.run(lambda: goes_on(look))
@@ -211,29 +226,32 @@ class Tail:
                 more = await self._workers.run(lambda: goes_on(look))
         assert self._arrived is not None  # noqa: S101  # that is what the steps have done
         arrived, self._arrived = self._arrived, None
-        self._publish(arrived, changes)
+        self._publish(arrived)
         if self._pause() == UNSURE_PAUSE and time.monotonic() - self._reread_at >= UNSURE_PAUSE:
             self._reread_at = time.monotonic()
             await self._workers.run(self._log.reread)
-        return arrived.is_all
 
     def _look_steps(self) -> Steps[None]:
         if not self._is_kept:
-            builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=0)
-            self._log.keep_newest(builder)
-            self._is_kept = True
+            self._keep()
         self._arrived = yield from self._log.newest_steps()
 
-    def _publish(self, arrived: Arrived, changes: Changes) -> None:
+    def _keep(self) -> None:
+        """Has the log keep what comes."""
+        builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=0)
+        self._log.keep_newest(builder)
+        self._is_kept = True
+
+    def _publish(self, arrived: Arrived) -> None:
         """Lets followers have what has arrived."""
         view = arrived.view
         if self.view is None or view.identity != self.view.identity:
             if self.view is not None or self._has_moved:
-                changes.look_anew()
+                self._changes.look_anew()
             self._window.begin_anew(view.token.position.offset)
         else:
             for portion in arrived.portions:
                 self._window.append(portion)
-        self.view = view
+        self.view, self._is_all = view, arrived.is_all
         self._window.tell(lines=view.lines, is_all=arrived.is_all)
         self.wake()

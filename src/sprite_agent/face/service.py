@@ -144,15 +144,18 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
     ) -> AsyncIterator[pb.StreamEventsResponse]:
         """See the proto."""
         answer = Answer("StreamEvents", request, self.metrics)
-        # At once: a peer that waits for the connection must not wait for the first event.
-        await context.send_initial_metadata(())
         with self.streams:
             try:
                 self._refuse_while_draining()
                 counted = self._limits.stream(CALLER.get().identity, follow=request.follow)
                 with counted, self.metrics.stream() as lag:
                     source = envelopes_pb2.Source(repo_path=str(self._repo.path), loop_id=request.loop_id)
-                    streaming = self._repo.stream_events(_query(request), raw=request.raw_events)
+                    streaming = self._repo.stream_events(
+                        _query(request),
+                        raw=request.raw_events,
+                        # A peer that waits for the connection must not wait for the first batch.
+                        before_waiting=lambda: context.send_initial_metadata(()),
+                    )
                     async with contextlib.aclosing(streaming) as batches:
                         async for batch in batches:
                             left = batch.cursor["eventLineCount"] - batch.cursor["eventLineOffset"]
