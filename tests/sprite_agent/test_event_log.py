@@ -600,6 +600,42 @@ def test_a_small_log_is_read_again_in_one_go_however_slow_the_machine_is(loop: L
         assert index.view().identity != before.identity
 
 
+def test_a_log_that_is_cut_off_before_all_of_it_was_read_is_read_to_its_new_end(loop: LoopFiles) -> None:
+    content = numbered(60_000, width=100)
+    loop.append(content)
+    index, aim = LogIndex(str(loop.log)), Aim()
+    with loop.log.open("rb") as file:
+        assert not index.advance(file.fileno(), aim)
+        assert 0 < index.end < len(content)
+        end = content.index(b"\n", (index.end + len(content)) // 2) + 1
+        loop.truncate(end)
+
+        until(lambda: index.advance(file.fileno(), aim), "it is read")
+
+    assert index.view().end == end
+
+
+def test_a_log_that_is_cut_off_just_when_its_status_was_taken_is_read_to_its_new_end(
+    loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.append(numbered(3))
+    index, aim, fstat = LogIndex(str(loop.log)), Aim(), os.fstat
+    with loop.log.open("rb") as file:
+        assert index.advance(file.fileno(), Aim())
+
+        def cutting_off(descriptor: int) -> os.stat_result:
+            found = fstat(descriptor)
+            loop.truncate(len(numbered(2)))
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", cutting_off)
+            assert not index.advance(file.fileno(), aim)
+        until(lambda: index.advance(file.fileno(), aim), "it is read")
+
+    assert index.view().lines == 2
+
+
 @pytest.mark.parametrize("change", [lambda log: log.touch(), lambda log: log.chmod(0o600)], ids=["touched", "chmod"])
 def test_a_log_whose_content_is_as_it_was_stays_the_same_log(
     log: EventLog, loop: LoopFiles, change: Callable[[Path], None]

@@ -139,6 +139,7 @@ class LogIndex:
             if aim.most is not None:
                 aim.size = min(aim.size, self._trail.end + aim.most)
             aim.is_all = aim.size == status.st_size
+        aim.size = min(aim.size, status.st_size)  # of a log that was cut off meanwhile, there is no more to come
         if not self._read(log, aim.size, pace):
             return False
         if soon and not self._rereading.demanded and self._trail.end > READ_AGAIN_AT_ONCE:
