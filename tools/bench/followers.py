@@ -16,9 +16,10 @@ from sprite_agent.contract.streaming import EventQuery
 from tools.bench.readers import Tally, tally
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from opsmgr.fleet.slots import Slot
+    from sprite_agent.contract.streaming import EventBatch
     from tools.bench.processes import Server
 
 _LOOK = 0.02
@@ -71,7 +72,6 @@ class Followers:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
-        await asyncio.gather(*(follower.transport.close() for follower in self.each))
 
 
 async def _unless_failed(tasks: Sequence[asyncio.Task[None]], work: object) -> None:
@@ -90,7 +90,6 @@ class _Follower:
     """One stream, and what came by it."""
 
     place: Place
-    transport: SpriteServiceTransport = field(init=False)
     caught_up: asyncio.Event = field(default_factory=asyncio.Event)
     numbers: array[int] = field(default_factory=lambda: array("q"))
     """Lines that came. No list: its integers, thousands for each stream, would pass for memory of the manager."""
@@ -98,25 +97,30 @@ class _Follower:
     """When each stamped event was written; nanoseconds of the monotonic clock, as the next."""
     here: array[int] = field(default_factory=lambda: array("q"))
 
-    def __post_init__(self) -> None:
-        self.transport = SpriteServiceTransport(self.place.server.address, token=self.place.server.token)
-
     async def run(self, slots: Slots | None) -> None:
+        server = self.place.server
+        transport = SpriteServiceTransport(server.address, token=server.token)
         query = EventQuery(loop_id=self.place.loop, after_line=self.place.after, follow=True)
+        try:
+            async with contextlib.aclosing(subscribe(transport, query)) as batches:
+                await self._take(batches, slots)
+        finally:
+            await transport.close()
+
+    async def _take(self, batches: AsyncIterator[EventBatch], slots: Slots | None) -> None:
         slot: Slot | None = None
-        async with contextlib.aclosing(subscribe(self.transport, query)) as batches:
-            async for batch in batches:
-                now = time.monotonic_ns()
-                for event in batch.events:
-                    self.numbers.append(event["cursor"]["eventLineOffset"])
-                    if "at" in (payload := event["event"]["payload"] or {}):
-                        self.written.append(payload["at"])
-                        self.here.append(now)
-                if caught_up := batch.caught_up:
-                    self.caught_up.set()
-                del batch
-                if slots is not None:
-                    slot = await _metered(slots, slot, caught_up=caught_up)
+        async for batch in batches:
+            now = time.monotonic_ns()
+            for event in batch.events:
+                self.numbers.append(event["cursor"]["eventLineOffset"])
+                if "at" in (payload := event["event"]["payload"] or {}):
+                    self.written.append(payload["at"])
+                    self.here.append(now)
+            if caught_up := batch.caught_up:
+                self.caught_up.set()
+            del batch
+            if slots is not None:
+                slot = await _metered(slots, slot, caught_up=caught_up)
 
 
 async def _metered(slots: Slots, slot: Slot | None, *, caught_up: bool) -> Slot | None:
