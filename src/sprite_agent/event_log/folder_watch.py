@@ -26,6 +26,8 @@ class FolderWatch:
     """Watches folders for any number of followers, with one inotify instance. Belongs to one event loop."""
 
     _loop: asyncio.AbstractEventLoop
+    _mask: int
+    """What counts as a change."""
 
     def __init__(self) -> None:
         self._inotify: INotify | None = None
@@ -52,7 +54,6 @@ class FolderWatch:
             return None
         from inotify_simple import INotify, flags  # noqa: PLC0415  # there is none elsewhere
 
-        mask = flags.MODIFY | flags.CREATE | flags.DELETE | flags.MOVED_TO | flags.MOVED_FROM
         try:
             folder = open_folder()
         except OpsError:
@@ -62,10 +63,11 @@ class FolderWatch:
         try:
             if self._inotify is None:
                 self._inotify = INotify(nonblocking=True)
+                self._mask = flags.MODIFY | flags.CREATE | flags.DELETE | flags.MOVED_TO | flags.MOVED_FROM
                 self._loop = asyncio.get_running_loop()
                 self._loop.add_reader(self._inotify.fileno(), self._wake)
             # By its descriptor: a path could lead elsewhere by now.
-            watch = int(self._inotify.add_watch(f"/proc/self/fd/{folder}", mask))
+            watch = int(self._inotify.add_watch(f"/proc/self/fd/{folder}", self._mask))
         except OSError:
             return None  # the system's limit is reached: polling does
         finally:

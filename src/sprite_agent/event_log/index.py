@@ -10,7 +10,6 @@ import bisect
 import hashlib
 import math
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.errors import CursorBeyondEnd, ResumeTokenInvalid
@@ -36,8 +35,7 @@ _MAX_MARKS = 4096
 """Beyond it every other one is forgotten, so that the largest log takes about a megabyte."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogView:
+class LogView(NamedTuple):
     """What a log was like at one moment."""
 
     lines: int

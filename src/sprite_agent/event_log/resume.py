@@ -11,8 +11,7 @@ import hashlib
 import os
 import re
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.errors import HistoryRewritten, LogReplaced, LogTruncated, PositionLost, ResumeTokenInvalid
 from sprite_agent.event_log.records import START, Position
@@ -28,8 +27,7 @@ _FAR = 16 * 1024
 _TOKEN = re.compile(r"r1\.([0-9a-f]{16})\.(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})\.([0-9a-f]{32})")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ResumeToken:
+class ResumeToken(NamedTuple):
     """A place in a log and what the log was like before it."""
 
     position: Position
@@ -103,8 +101,11 @@ class Trail:
 
     def __init__(self, log: int | None = None, start: Position = START, digest: Hash | None = None) -> None:
         """Starts at a place in the log open as descriptor `log`, with the running SHA-256 of all before it."""
-        self._head = b"" if log is None else os.pread(log, min(WINDOW_BYTES, start.offset), 0)
-        self._bytes = bytearray() if log is None else bytearray(_window_before(log, start.offset))
+        if log is None or not start.offset:
+            self._head, self._bytes = b"", bytearray()
+        else:
+            self._head = os.pread(log, min(WINDOW_BYTES, start.offset), 0)
+            self._bytes = bytearray(_window_before(log, start.offset))
         self.digest = hashlib.sha256() if digest is None else digest
         """Of everything read, from the beginning of the log. Not to be updated."""
         self.end = start.offset
@@ -115,7 +116,9 @@ class Trail:
 
     def is_whole(self, log: int) -> bool:
         """Whether the log still begins with what was read, and holds it where this ends."""
-        begins = os.pread(log, len(self._head), 0) == self._head
+        begins = not self.end or os.pread(log, len(self._head), 0) == self._head
+        if self.end <= WINDOW_BYTES:
+            return begins  # that was all of it
         return begins and _window_before(log, self.end) == self._bytes[-WINDOW_BYTES:]
 
     def why_not_whole(self, log: int, end: int, position: Position) -> PositionLost:

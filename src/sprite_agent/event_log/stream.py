@@ -279,8 +279,8 @@ class _Stream:
             looking, self._looking = self._looking, None
             if goes_on(looking):
                 self._looking = looking
-                self._found = replace(self._bookmark(), caught_up=False)
                 self._caught_up = False
+                self._found = self._bookmark()
                 return None
         self._found, fault = self._next_batch()
         return fault
