@@ -16,11 +16,12 @@ from sprite_agent.contract.events import EventBuilder
 from sprite_agent.errors import ContractError, PositionLost
 from sprite_agent.event_log import index as log_index
 from sprite_agent.event_log import log as log_module
-from sprite_agent.event_log import newest, records, rereading, resume
+from sprite_agent.event_log import newest, record_reader, rereading, resume
 from sprite_agent.event_log import reader as log_reader
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.pieces import Pace, finished
-from sprite_agent.event_log.records import RUN_BYTES, values_of
+from sprite_agent.event_log.record_reader import RUN_BYTES
+from sprite_agent.event_log.records import values_of
 from support.logs import records_of, rest
 from support.repos import LOOP, LoopFiles, event, line, lines
 
@@ -114,10 +115,10 @@ def small_limits(chunk: int = 50) -> Iterator[None]:
         patch.object(log_reader, "CHUNK", chunk),
         patch.object(log_index, "CHUNK", chunk),
         patch.object(rereading, "CHUNK", chunk),
-        patch.object(records, "RUN_BYTES", 190),
+        patch.object(record_reader, "RUN_BYTES", 190),
         patch.object(resume, "_FAR", 30),
         patch.object(resume, "WINDOW_BYTES", 20),
-        patch.object(records, "MAX_RECORD_BYTES", 200),
+        patch.object(record_reader, "MAX_RECORD_BYTES", 200),
         patch.object(log_module, "_NEWEST_BYTES", chunk + 70),
     ):
         yield

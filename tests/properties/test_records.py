@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sprite_agent.contract.json_text import MAX_DEPTH
-from sprite_agent.event_log import records
+from sprite_agent.event_log import record_reader
 from sprite_agent.event_log.json_prefix import ObjectPrefix, Verdict
-from sprite_agent.event_log.records import Position, RecordReader
+from sprite_agent.event_log.record_reader import RecordReader
+from sprite_agent.event_log.records import Position
 from support.logs import fed, records_of
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ deep_logs = st.lists(
 
 @pytest.fixture(autouse=True)
 def _small_records() -> Iterator[None]:
-    with patch.object(records, "MAX_RECORD_BYTES", LIMIT), patch.object(records, "RUN_BYTES", LIMIT - 1):
+    with (
+        patch.object(record_reader, "MAX_RECORD_BYTES", LIMIT),
+        patch.object(record_reader, "RUN_BYTES", LIMIT - 1),
+    ):
         yield
 
 
@@ -90,13 +94,13 @@ def outline(found: list[Record]) -> list[tuple[int, int, bool]]:
     return [(record.first_line, record.last_line, record.value is not None) for record in found]
 
 
-def by_the_book(log: bytes) -> list[tuple[int, int, bool]]:
+def by_the_book(log: bytes, longest: int = LIMIT) -> list[tuple[int, int, bool]]:
     """The outline of a log's records, by the contract's words and without regard to cost."""
     *lines, torn = log.split(b"\n")
     found = []
     at = 0
     while at < len(lines):
-        last = last_line_of_object(lines, torn, at)
+        last = last_line_of_object(lines, torn, at, longest)
         if last is None:
             break
         if lines[at].strip():
@@ -105,18 +109,18 @@ def by_the_book(log: bytes) -> list[tuple[int, int, bool]]:
     return found
 
 
-def last_line_of_object(lines: list[bytes], torn: bytes, first: int) -> int | None:
+def last_line_of_object(lines: list[bytes], torn: bytes, first: int, longest: int) -> int | None:
     """Index of the last line of the object that begins at `first`; -1: there is none; None: not yet known."""
     prefix = ObjectPrefix()
     for last in range(first, len(lines)):
         text = b"\n".join(lines[first : last + 1])
-        if len(text) >= records.MAX_RECORD_BYTES or depth_of(text) > MAX_DEPTH:
+        if len(text) >= longest or depth_of(text) > MAX_DEPTH:
             return -1
         verdict = prefix.feed(lines[last] + b"\n")
         if verdict is not Verdict.OPEN or not lines[first].strip():
             return last if is_object(text) else -1
     # A line that is too long already can't go on with anything.
-    return -1 if len(torn) > records.MAX_RECORD_BYTES else None
+    return -1 if len(torn) > longest else None
 
 
 def depth_of(text: bytes) -> int:
@@ -153,8 +157,8 @@ def test_the_records_are_those_that_the_contract_describes(log: bytes, judges: b
 
 @given(deep_logs)
 def test_objects_nested_too_deep_are_malformed_and_those_inside_them_are_not(log: bytes) -> None:
-    with patch.object(records, "MAX_RECORD_BYTES", 100 * LIMIT):
-        assert outline(records_of(log)) == by_the_book(log)
+    with patch.object(record_reader, "MAX_RECORD_BYTES", 100 * LIMIT):
+        assert outline(records_of(log)) == by_the_book(log, 100 * LIMIT)
 
 
 @given(st.data(), logs)

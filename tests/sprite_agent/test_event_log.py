@@ -29,7 +29,8 @@ from sprite_agent.event_log import log as log_module
 from sprite_agent.event_log.index import Aim, LogIndex
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.pieces import PIECE, Pace, goes_on
-from sprite_agent.event_log.records import MAX_RECORD_BYTES, RUN_BYTES, Position
+from sprite_agent.event_log.record_reader import RUN_BYTES
+from sprite_agent.event_log.records import MAX_RECORD_BYTES, Position
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
 from sprite_agent.event_log.resume import WINDOW_BYTES, ResumeToken, parse_token
 from support.logs import numbered, records_of, rest, taken

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sprite_agent.event_log.json_prefix import ObjectPrefix
-from sprite_agent.event_log.records import MAX_RECORD_BYTES, Position, Record, RecordReader
+from sprite_agent.event_log.record_reader import RecordReader
+from sprite_agent.event_log.records import MAX_RECORD_BYTES, Position, Record
 from support.logs import fed, records_of
 
 if TYPE_CHECKING:

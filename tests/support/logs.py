@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sprite_agent.event_log.pieces import Pace
-from sprite_agent.event_log.records import RecordReader, Run, judged
+from sprite_agent.event_log.record_reader import RecordReader
+from sprite_agent.event_log.records import Run, judged
 from support.repos import event, line
 
 if TYPE_CHECKING:

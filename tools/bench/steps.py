@@ -14,7 +14,7 @@ from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.json_text import objects_in
 from sprite_agent.contract.validation import validate
 from sprite_agent.event_log.newest import raw_events
-from sprite_agent.event_log.records import RUN_BYTES, RecordReader
+from sprite_agent.event_log.record_reader import RUN_BYTES, RecordReader
 from sprite_agent.v1 import service_pb2 as pb
 from tools.bench.floors import BATCH_LINES
 from tools.bench.logs import LOOP

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from sprite_agent.errors import CursorBeyondEnd, ResumeTokenInvalid
 from sprite_agent.event_log.newest import Newest
 from sprite_agent.event_log.pieces import PIECE, Pace
-from sprite_agent.event_log.records import ANY, START, RecordReader, Run
+from sprite_agent.event_log.record_reader import ANY, RecordReader
+from sprite_agent.event_log.records import START, Run
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
 from sprite_agent.event_log.resume import Trail, check_beginning, check_digest
 

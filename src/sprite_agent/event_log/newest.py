@@ -106,6 +106,5 @@ def raw_events(found: Run | Record, builder: EventBuilder) -> RawEvents:
     Raises:
         ContractError: a record in it is no event.
     """
-    line = found.last_line - found.record_count + 1
-    builder.check(values_of(found), line)
-    return RawEvents(line, found.text.decode(), found.record_count)
+    builder.check(values_of(found), found.event_line)
+    return RawEvents(found.event_line, found.text.decode(), found.record_count)

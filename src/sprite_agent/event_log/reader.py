@@ -7,7 +7,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Self
 
 from sprite_agent.event_log.pieces import Pace
-from sprite_agent.event_log.records import ANY, RUN_BYTES, Position, RecordReader, Run, judged
+from sprite_agent.event_log.record_reader import ANY, RUN_BYTES, RecordReader
+from sprite_agent.event_log.records import Position, Run, judged
 from sprite_agent.event_log.rereading import CHUNK
 from sprite_agent.event_log.resume import Trail
 

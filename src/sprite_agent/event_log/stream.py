@@ -372,8 +372,7 @@ class _Stream:
 
 def _whole_events(found: Run | Record, builder: EventBuilder) -> list[EventEnvelope]:
     texts = found.lines if isinstance(found, Run) else [found.text]
-    values = values_of(found)
-    return builder.build(values, [text.decode() for text in texts], found.last_line - found.record_count + 1)
+    return builder.build(values_of(found), [text.decode() for text in texts], found.event_line)
 
 
 def _malformed(record: Record, error: ContractError) -> EventMalformed:
