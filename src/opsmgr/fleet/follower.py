@@ -25,7 +25,7 @@ from opsmgr.passes.feed import Feed
 from opsmgr.passes.reconcile import ReconcileOptions, reconcile_held
 from opsmgr.transport.retry import RetryPolicy
 from sprite_agent.contract.streaming import EventQuery
-from sprite_agent.errors import HistoryRewritten, LogReplaced, LogTruncated, OpsError
+from sprite_agent.errors import Draining, HistoryRewritten, LogReplaced, LogTruncated, OpsError
 
 if TYPE_CHECKING:
     from opsmgr.config import FleetSettings
@@ -217,9 +217,10 @@ class Follower:
         self._pacing.lost(now)
         self.view.retries += 1
         self._fail(error)
-        answers = not isinstance(error, NoAnswer)
+        is_gone = isinstance(error, NoAnswer)
+        answers = not is_gone and not isinstance(error, Draining)  # which is about to be gone: a pass would fail
         known = self.view.state is not None
-        asleep = not answers and await sleeps(self._target.state_command, runs=self.view.runs or not known)
+        asleep = is_gone and await sleeps(self._target.state_command, runs=self.view.runs or not known)
         if asleep:
             self._reach("none", asleep=True)
         elif self._pacing.is_poll_due(now, answers=answers):
