@@ -14,7 +14,7 @@ import pytest
 
 from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.streaming import EventQuery
-from sprite_agent.errors import EventMalformed, EventsNotFound
+from sprite_agent.errors import EventMalformed, EventsNotFound, PositionLost
 from sprite_agent.event_log import newest, window
 from sprite_agent.event_log import tail as tail_module
 from sprite_agent.event_log.folder_watch import FolderWatch
@@ -141,6 +141,47 @@ async def test_followers_who_wait_look_at_nothing_and_hold_one_descriptor_betwee
         assert set(looks) <= {"newest_steps", "look_steps"}
         assert len(looks) < 20  # the tail's own, while the log has just changed
         assert open_logs() == 1
+
+
+async def test_a_tail_goes_on_from_what_its_first_follower_has_seen(
+    repo: Repo, loop: LoopFiles, looks: list[str]
+) -> None:
+    loop.append(numbered(1, 3))
+    await asyncio.sleep(0.1)  # a log that has just changed is looked at again in any case
+    async with follow(repo) as follower:
+        assert await follower.until_lines(3) == [1, 2, 3]
+        asking = asyncio.ensure_future(follower.until_lines(4))
+        await eventually(lambda: waiting(repo) == 1, "it waits for what comes")
+        assert "newest_steps" not in looks
+
+        loop.append(numbered(4, 4))
+
+        assert await asking == [1, 2, 3, 4]
+        assert "newest_steps" in looks
+
+
+@pytest.mark.parametrize("change", ["appended", "rewritten", "replaced", "truncated"])
+async def test_what_changes_before_there_is_a_tail_is_found_all_the_same(
+    repo: Repo, loop: LoopFiles, change: str
+) -> None:
+    loop.append(numbered(1, 3))
+    await asyncio.sleep(0.1)  # likewise
+    async with follow(repo) as follower:
+        assert await follower.until_lines(3) == [1, 2, 3]  # and not asked for more: it has no tail yet
+        assert waiting(repo) == 0
+
+        if change == "appended":
+            loop.append(numbered(4, 4))
+            assert await follower.until_lines(4) == [1, 2, 3, 4]
+            return
+        if change == "rewritten":
+            loop.rewrite(numbered(5, 7))
+        elif change == "replaced":
+            loop.replace(numbered(5, 7))
+        else:
+            loop.truncate(len(numbered(1, 2)))
+        with pytest.raises(PositionLost):
+            await follower.until_lines(4)
 
 
 async def test_all_who_are_at_the_same_place_are_given_the_same_batch(repo: Repo, loop: LoopFiles) -> None:
