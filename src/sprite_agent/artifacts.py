@@ -159,7 +159,10 @@ class ArtifactFiles:
         Raises:
             LoopIdInvalid
         """
-        return os.path.isdir(f"{self.repo}/{loop_paths(loop_id).root}")  # noqa: PTH112  # without making a Path
+        try:
+            return stat.S_ISDIR(os.lstat(f"{self.repo}/{loop_paths(loop_id).root}").st_mode)
+        except OSError:
+            return False
 
     def require_loop(self, loop_id: str) -> LoopPaths:
         """The paths of a loop that has an artifact folder.
