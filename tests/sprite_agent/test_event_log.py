@@ -589,16 +589,32 @@ def test_a_small_log_is_read_again_in_one_go_however_slow_the_machine_is(loop: L
     loop.append(numbered(3000, width=100))
     index = LogIndex(str(loop.log))
     with loop.log.open("rb") as file:
-        assert index.advance(file.fileno(), Aim())
+        until(lambda: index.advance(file.fileno(), Aim()), "it is read")
         before = index.view()
         changed_in_the_middle(loop)
         loop.append(numbered(1))
 
         assert not index.advance(file.fileno(), Aim(), background=0.0)
-        assert index.advance(file.fileno(), Aim())
+        until(lambda: index.advance(file.fileno(), Aim()), "it is read anew")
 
         assert CHUNK < before.end < log_index.READ_AGAIN_AT_ONCE
         assert index.view().identity != before.identity
+
+
+@pytest.mark.parametrize("more", [b"{\n", b'{"torn', numbered(1)], ids=["an open record", "a torn line", "a record"])
+def test_a_log_of_which_more_was_read_is_not_where_it_was_seen(log: EventLog, loop: LoopFiles, more: bytes) -> None:
+    loop.append(numbered(3))
+    seen = log.refresh()
+
+    def is_there() -> bool:
+        stamp = log.stamp()
+        return stamp is not None and log.is_at(seen, stamp)
+
+    assert is_there()
+    loop.append(more)
+    assert not is_there()
+    log.refresh()
+    assert not is_there()
 
 
 def test_a_log_that_is_cut_off_before_all_of_it_was_read_is_read_to_its_new_end(loop: LoopFiles) -> None:

@@ -154,9 +154,10 @@ class LogIndex:
     def is_at(self, view: LogView, inode: int, stamp: Stamp) -> bool:
         """Whether what was read is what `view` saw, and all that a file of that inode and with that stamp holds."""
         return (
-            (view.identity, view.token.position) == (self._identity, self._records.boundary)
-            and self._file is not None
-            and (inode, stamp, stamp.size) == (self._file[1], self._stamp, self._trail.end)
+            self._file is not None
+            and (inode, stamp) == (self._file[1], self._stamp)
+            and (view.identity, view.ref["sizeBytes"]) == (self._identity, self._trail.end)
+            and stamp.size == self._trail.end
         )
 
     def view(self) -> LogView:

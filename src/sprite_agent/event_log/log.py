@@ -223,7 +223,7 @@ class EventLog:
                     if self._index.advance(log, aim):
                         # Of the very descriptor that the index was brought up to date with: all is of one file.
                         return Opened(LogReader(log, *find(log)), self._index.view())
-            except BaseException:
+            except BaseException:  # else the reader has it
                 os.close(log)
                 raise
             os.close(log)
