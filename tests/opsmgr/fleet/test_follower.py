@@ -18,6 +18,8 @@ from opsmgr.fleet.slots import Slots
 from opsmgr.passes.thresholds import Thresholds
 from opsmgr.store import LoopStore
 from opsmgr.targets import Target
+from opsmgr.transport.sprite_service import SpriteServiceTransport
+from sprite_agent.errors import Draining
 from sprite_agent.face.server import running
 from support.repos import LOOP, event, line, put
 from support.waiting import eventually
@@ -160,6 +162,26 @@ async def test_an_agent_that_goes_while_a_run_is_at_work_is_an_alarm_and_its_ret
                 lambda: json.loads(folder.health.read_text())["transport"]["ingestStatus"] == "success", ""
             )
             assert follower.view.error is None
+
+
+async def test_a_draining_agent_is_not_polled_at_once(
+    target: Target, settings: FleetSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls: list[Any] = []
+
+    async def draining(_transport: Any, _query: Any) -> Any:
+        raise Draining("about to stop", retry_after=0.01)
+        yield  # never reached: it makes this a stream
+
+    async def noting(_follower: Follower, *what: Any) -> None:
+        polls.append(what)
+
+    monkeypatch.setattr(SpriteServiceTransport, "events", draining)
+    monkeypatch.setattr(Follower, "_poll", noting)
+    async with followed(target, replace(settings, poll_seconds=60.0)) as follower:
+        await eventually(lambda: follower.view.retries > 1, "it was refused")
+
+    assert not polls
 
 
 async def test_a_sprite_that_sleeps_is_no_alarm(
