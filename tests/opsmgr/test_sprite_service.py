@@ -237,6 +237,30 @@ async def test_a_stream_that_falls_silent_is_dropped_after_three_heartbeats(tmp_
     assert 0.5 < time.monotonic() - started < 3
 
 
+async def test_the_time_that_a_reader_takes_for_a_batch_is_no_silence(tmp_path: Path) -> None:
+    async with faking(tmp_path, StreamEvents=[[batch(), batch(), Never]]) as (_, transport):
+        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=0.1))
+        await anext(batches)
+        await asyncio.sleep(0.7)
+
+        await anext(batches)
+
+        with pytest.raises(NoAnswer, match="was silent for"):
+            await anext(batches)
+
+
+async def test_a_reader_that_is_cancelled_while_nothing_comes_is_cancelled(tmp_path: Path) -> None:
+    async with faking(tmp_path, StreamEvents=[[batch(), Never]]) as (_, transport):
+        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=0.1))
+        await anext(batches)
+        reading = asyncio.ensure_future(anext(batches))
+        await asyncio.sleep(0.1)
+        reading.cancel()
+
+        await asyncio.wait({reading})
+        assert reading.cancelled()
+
+
 async def test_a_stream_that_does_not_follow_is_dropped_when_it_is_silent_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from datetime import datetime
 from ipaddress import IPv4Address
@@ -31,6 +32,7 @@ from sprite_agent.v1 import service_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+    from types import TracebackType
 
     from opsmgr.transport.base import TransportName
     from opsmgr.transport.credentials import Renewal, TlsFiles
@@ -149,15 +151,15 @@ class SpriteServiceTransport:
         body = stream_request(query).SerializeToString()
         metadata = self._renewed().metadata(_path("StreamEvents"), body, actor=None, trace_id=query.trace_id)
         call = self._call("StreamEvents")(body, metadata=metadata)
-        silence = MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT
+        silence = _Silence(call, MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT)
         try:
             while True:
                 try:
-                    async with asyncio.timeout(silence):
+                    with silence:
                         message = await call.read()
                 except TimeoutError as error:
                     raise NoAnswer(
-                        f"{self._target} was silent for {silence:.0f} s", details={"target": self._target}
+                        f"{self._target} was silent for {silence.most:.0f} s", details={"target": self._target}
                     ) from error
                 if message is grpc.aio.EOF:
                     return
@@ -169,6 +171,7 @@ class SpriteServiceTransport:
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
         finally:
+            silence.close()
             call.cancel()
 
     async def execute(self, request: ControlRequest) -> ControlResult:
@@ -301,6 +304,48 @@ class SpriteServiceTransport:
             _heed(_text(trailers.get(PUSHBACK_TRAILER)), no_answer)
             return no_answer
         return TransportRefused(f"{self._target} refused with {code.name}: {error.details()}", details=details)
+
+
+class _Silence:
+    """Cancels a call that brings nothing for too long while somebody reads inside the block.
+
+    One timer for all of a stream's messages: `asyncio.timeout` around each took a fifth of what a follower does.
+    """
+
+    def __init__(self, call: Any, most: float) -> None:
+        self.most = most
+        """Seconds."""
+        self._call = call
+        self._since = math.inf
+        self._is_over = False
+        self._timer = asyncio.get_running_loop().call_later(most, self._check)
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._since = math.inf
+        if self._is_over and kind is asyncio.CancelledError and not _is_cancelled():
+            raise TimeoutError from error
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        left = min(self._since + self.most - time.monotonic(), self.most)
+        if left > 0:
+            self._timer = asyncio.get_running_loop().call_later(left, self._check)
+        else:
+            self._is_over = True
+            self._call.cancel()
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody wants this task to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _channel(target: str, tls: TlsFiles | None, name: str | None) -> grpc.aio.Channel:
