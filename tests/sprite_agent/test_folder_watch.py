@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from sprite_agent.event_log.folder_watch import Changes
 
-SOON = 5.0
-
 
 @pytest.fixture
 async def folders() -> AsyncIterator[FolderWatch]:
@@ -30,8 +29,15 @@ async def folders() -> AsyncIterator[FolderWatch]:
 
 
 @pytest.fixture
-async def changes(folders: FolderWatch, tmp_path: Path) -> AsyncIterator[Changes]:
-    with contextlib.closing(folders.follow(lambda: os.open(tmp_path, os.O_RDONLY))) as followed:
+def told() -> list[None]:
+    """An entry for each time that the follower was told of a change."""
+    return []
+
+
+@pytest.fixture
+async def changes(folders: FolderWatch, tmp_path: Path, told: list[None]) -> AsyncIterator[Changes]:
+    open_folder = functools.partial(os.open, tmp_path, os.O_RDONLY)
+    with contextlib.closing(folders.follow(open_folder, lambda: told.append(None))) as followed:
         yield followed
 
 
@@ -43,25 +49,33 @@ async def write(path: Path, times: int) -> None:
         await asyncio.sleep(0.005)
 
 
-async def test_each_change_that_is_waited_for_is_heard(changes: Changes, tmp_path: Path) -> None:
+async def test_each_change_that_is_seen_to_is_heard(changes: Changes, tmp_path: Path, told: list[None]) -> None:
     for _ in range(5):
-        waiting = asyncio.ensure_future(changes.wait(SOON))
+        told.clear()
         await write(tmp_path / "file", 1)
-        assert await waiting
+        await eventually(lambda: bool(told), "it is told")
+        assert changes.are_there
+        changes.are_there = False
     assert not changes.is_deaf
 
 
-async def test_in_a_burst_nothing_more_is_heard_until_it_looks_anew(changes: Changes, tmp_path: Path) -> None:
+async def test_in_a_burst_nothing_more_is_heard_until_it_looks_anew(
+    changes: Changes, tmp_path: Path, told: list[None]
+) -> None:
     await write(tmp_path / "file", 5)
     await eventually(lambda: changes.is_deaf, "it hears no more")
-    assert await changes.wait(SOON)  # of the first it was told
+    assert changes.are_there
+    assert not changes.are_told
 
+    changes.are_there = False
+    told.clear()
     await write(tmp_path / "file", 5)
-    assert not await changes.wait(0.05)
+    assert not changes.are_there
+    assert not told
 
     changes.look_anew()
     await write(tmp_path / "file", 1)
-    assert await changes.wait(SOON)
+    await eventually(lambda: bool(told), "it is told")
     assert not changes.is_deaf
 
 
@@ -70,13 +84,12 @@ async def test_everybody_is_told_where_the_system_has_kept_no_more(
 ) -> None:
     other_folder = tmp_path / "other"
     other_folder.mkdir()
-    assert await changes.wait(SOON)  # of that
-    with contextlib.closing(folders.follow(lambda: os.open(other_folder, os.O_RDONLY))) as other:
+    await eventually(lambda: changes.are_there, "it is told of that")
+    changes.are_there = False
+    open_other = functools.partial(os.open, other_folder, os.O_RDONLY)
+    with contextlib.closing(folders.follow(open_other, lambda: None)) as other:
         monkeypatch.setattr(folders._inotify, "read", lambda timeout: [Event(-1, 0x4000, 0, "")])  # noqa: ARG005, SLF001  # as the system says it
-        for _ in range(2):
-            folders._wake()  # noqa: SLF001  # no test can fill the system's queue in reasonable time
+        folders._wake()  # noqa: SLF001  # no test can fill the system's queue in reasonable time
 
-        assert changes.is_deaf
-        assert other.is_deaf
-        assert await changes.wait(SOON)
-        assert await other.wait(SOON)
+        assert changes.are_there
+        assert other.are_there

@@ -25,10 +25,10 @@ OLD = Stamp(SIZE, 1, 1)
 class Whole:
     """What was read of a log, of which only the whole is known."""
 
-    def digest_after(self, offset: int) -> tuple[int, bytes]:
+    def digest_after(self, offset: int) -> tuple[int, str]:
         """See `rereading.Reading`."""
         assert offset < SIZE
-        return SIZE, hashlib.sha256(CONTENT).digest()
+        return SIZE, hashlib.sha256(CONTENT).hexdigest()
 
 
 END = Whole().digest_after(0)

@@ -293,10 +293,10 @@ async def test_a_look_that_fails_is_made_good_by_the_followers_own(
     steps = EventLog.newest_steps
     failures = [error, error]
 
-    def failing(log: EventLog) -> Any:
+    def failing(log: EventLog, *words: Any) -> Any:
         if failures:
             raise failures.pop()
-        return steps(log)
+        return steps(log, *words)
 
     async with following(repo, loop, 2) as followers:
         monkeypatch.setattr(EventLog, "newest_steps", failing)
@@ -346,23 +346,24 @@ async def test_in_a_burst_the_system_is_not_asked_and_afterwards_the_next_line_c
         assert told < 200
 
         reading = asyncio.ensure_future(follower.until_lines(2001))
-        await eventually(lambda: tail.view is not None and tail.view.is_sure, "the log is read again")
-        assert tail._changes is not None  # noqa: SLF001
-        assert not tail._changes.is_deaf  # noqa: SLF001
+        await eventually(lambda: not tail._changes.is_deaf, "it listens again")  # noqa: SLF001
+        await asyncio.sleep(tail_module.SETTLED_PAUSE)
+        tail.poll()
+        assert tail.view is not None
+        assert tail.view.is_sure
         loop.append(numbered(2001, 2001))
         assert (await asyncio.wait_for(reading, 5))[-1] == 2001
 
 
 async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: LoopFiles) -> None:
     async with following(repo, loop, 2) as (first, last):
-        (task,) = [each._task for each in repo._tails._tails.values()]  # noqa: SLF001
         await first.close()
         loop.append(numbered(3, 3))
         assert await last.until_lines(3) == [1, 2, 3]
 
     assert repo._tails._tails == {}  # noqa: SLF001
-    await asyncio.wait({task})
-    assert task.cancelled()
+    assert open_logs() == 0
+    assert repo._folders._followers == {}  # noqa: SLF001
 
 
 async def test_what_a_tail_has_kept_ends_with_it(repo: Repo, loop: LoopFiles) -> None:

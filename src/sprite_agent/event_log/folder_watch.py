@@ -1,4 +1,4 @@
-"""Wakes whoever follows a log when its folder changes: by inotify, and where there is none, every now and then."""
+"""Tells whoever follows a log when its folder changes: by inotify, which there is not everywhere."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from sprite_agent.errors import OpsError
-from sprite_agent.event_log.waiting import tell, waited
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from inotify_simple import INotify
 
-POLL_ALONE = 0.1
-"""Seconds, where there is no inotify."""
 _OVERFLOW = -1
 """What changed when the system could keep no more: it may have been anything."""
 
@@ -33,14 +30,14 @@ class FolderWatch:
         self._inotify: INotify | None = None
         self._followers: dict[int, set[Changes]] = {}
 
-    def follow(self, open_folder: Callable[[], int | None]) -> Changes:
+    def follow(self, open_folder: Callable[[], int | None], on_change: Callable[[], None]) -> Changes:
         """Changes, from now on, in the folder that `open_folder` gives a descriptor of, to be closed, or None."""
-        changes = Changes(self, open_folder)
+        changes = Changes(self, open_folder, on_change)
         changes.look_anew()
         return changes
 
     def close(self) -> None:
-        """Ends all watching; followers go on by polling."""
+        """Ends all watching; followers are told nothing more."""
         if self._inotify is not None:
             if not self._loop.is_closed():
                 self._loop.remove_reader(self._inotify.fileno())
@@ -96,17 +93,25 @@ class FolderWatch:
 class Changes:
     """One follower's view of a folder. Close it at the end."""
 
-    def __init__(self, folders: FolderWatch, open_folder: Callable[[], int | None]) -> None:
+    def __init__(
+        self, folders: FolderWatch, open_folder: Callable[[], int | None], on_change: Callable[[], None]
+    ) -> None:
         self._folders = folders
         self._open_folder = open_folder
-        self._changed = False
-        self._waiting: asyncio.Future[None] | None = None
+        self._on_change = on_change
         self._watch: int | None = None
+        self.are_there = False
+        """There was a change since the follower has set this to False."""
         self.is_deaf = False
-        """Told of a change before anybody asked for the last one, it hears of none until it looks anew.
+        """Told of another change before the follower saw to the last one, it hears of none until it looks anew.
 
         In a burst one may come every 20 us, and being told of each costs more, here and in the writer, than it says.
         """
+
+    @property
+    def are_told(self) -> bool:
+        """Whether there is anything that tells of changes."""
+        return self._watch is not None
 
     def look_anew(self) -> None:
         """Watches what is at the folder's path now."""
@@ -123,19 +128,8 @@ class Changes:
 
     def notice(self) -> None:
         """There is a change."""
-        if self._changed and self._watch is not None:
+        if self.are_there and self._watch is not None:
             self.close()
             self.is_deaf = True
-        self._changed = True
-        if self._waiting is not None:
-            tell(self._waiting)
-
-    async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109  # a poll's period, not a failure
-        """Returns after a change, or without one after `timeout` seconds, sooner where nobody tells: whether one."""
-        if not self._changed:
-            self._waiting = asyncio.get_running_loop().create_future()
-            if self._watch is None:
-                timeout = min(timeout, POLL_ALONE)
-            await waited(self._waiting, timeout)
-        changed, self._changed = self._changed, False
-        return changed
+        self.are_there = True
+        self._on_change()

@@ -143,7 +143,7 @@ class LogIndex:
             return False
         if soon and not self._rereading.demanded and self._trail.end > READ_AGAIN_AT_ONCE:
             return True
-        end = (self._trail.end, self._trail.digest.digest())
+        end = (self._trail.end, self._trail.sha256)
         if not self._rereading.demanded:
             pace = Pace(math.inf if self._trail.end <= READ_AGAIN_AT_ONCE else background)
         if not self._rereading.go_on(log, Stamp.of(status), self, end, pace):
@@ -151,11 +151,10 @@ class LogIndex:
             return False
         return self._rereading.is_done(aim.passes)
 
-    def is_at(self, view: LogView, inode: int, stamp: Stamp) -> bool:
-        """Whether what was read is what `view` saw, and all that a file of that inode and with that stamp holds."""
+    def is_at(self, view: LogView, file: tuple[int, int], stamp: Stamp) -> bool:
+        """Whether what was read is what `view` saw, and all that this file (device, inode) with this stamp holds."""
         return (
-            self._file is not None
-            and (inode, stamp) == (self._file[1], self._stamp)
+            (file, stamp) == (self._file, self._stamp)
             and (view.identity, view.ref["sizeBytes"]) == (self._identity, self._trail.end)
             and stamp.size == self._trail.end
         )
@@ -168,7 +167,7 @@ class LogIndex:
             "exists": True,
             "sizeBytes": self._trail.end,
             "lineCount": self._records.lines,
-            "sha256": self._trail.digest.hexdigest(),
+            "sha256": self._trail.sha256,
             "mtimeEpoch": self._stamp.modified // 10**9,
         }
         boundary = self._records.boundary
@@ -219,12 +218,12 @@ class LogIndex:
             )
         return digest
 
-    def digest_after(self, offset: int) -> tuple[int, bytes]:
+    def digest_after(self, offset: int) -> tuple[int, str]:
         """See `rereading.Reading`."""
         at = bisect.bisect_right(self._marks, offset, key=lambda mark: mark.offset)
         if at == len(self._marks):
-            return self._trail.end, self._trail.digest.digest()
-        return self._marks[at].offset, self._marks[at].digest.digest()
+            return self._trail.end, self._trail.sha256
+        return self._marks[at].offset, self._marks[at].digest.hexdigest()
 
     def _begin_anew(self, file: tuple[int, int]) -> None:
         self._forget()

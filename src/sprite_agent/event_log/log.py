@@ -65,7 +65,8 @@ class Arrived(NamedTuple):
 class LogStamp(NamedTuple):
     """By what a file that has changed can be told, most likely."""
 
-    inode: int
+    file: tuple[int, int]
+    """Device and inode."""
     content: Stamp
 
 
@@ -87,8 +88,8 @@ class EventLog:
         # Guards the index; held for one piece of work, and never while anyone waits for a peer.
         self._lock = threading.Lock()
         self._index = LogIndex(self.path)
-        self._kept: int | None = None
-        """The log, open as long as somebody keeps up with it."""
+        self._kept: tuple[int, tuple[int, int]] | None = None
+        """The log, open as long as somebody keeps up with it; and which file that is."""
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
 
     @property
@@ -128,7 +129,7 @@ class EventLog:
             status = os.lstat(self._place)
         except OSError:
             return None
-        return LogStamp(status.st_ino, Stamp.of(status))
+        return LogStamp((status.st_dev, status.st_ino), Stamp.of(status))
 
     def is_small(self) -> bool:
         """Whether all of it can be read in no time; see `is_quick`."""
@@ -163,14 +164,18 @@ class EventLog:
                     return self._index.view()
             yield
 
-    def newest_steps(self) -> Steps[Arrived]:
-        """What has come since the last call, not too much at once, for who keeps up with it (see `keep_newest`)."""
+    def newest_steps(self, stamp: LogStamp | None = None) -> Steps[Arrived]:
+        """What has come since the last call, not too much at once, for who keeps up with it (see `keep_newest`).
+
+        `stamp`: the log's, where the caller has just asked for it.
+        """
         aim = Aim(_NEWEST_BYTES)
         while True:
             with self._lock:
-                log = self._found_again()
+                log = self._found_again(stamp or self.stamp())
                 if self._index.advance(log, aim, soon=True):
                     return Arrived(self._index.view(), self._index.take_newest(), aim.is_all)
+            stamp = None
             yield
 
     def keep_newest(self, builder: EventBuilder | None) -> None:
@@ -185,7 +190,7 @@ class EventLog:
     def is_at(self, view: LogView, stamp: LogStamp) -> bool:
         """Whether a log with this stamp holds just what was read, and that is what `view` saw."""
         with self._lock:
-            return self._index.is_at(view, stamp.inode, stamp.content)
+            return self._index.is_at(view, stamp.file, stamp.content)
 
     def after_line_steps(self, line: int) -> Steps[Opened]:
         """See `reader_after_line`."""
@@ -249,23 +254,22 @@ class EventLog:
             if waits:
                 self._waiting.release()
 
-    def _found_again(self) -> int:
+    def _found_again(self, stamp: LogStamp | None) -> int:
         """The descriptor that is kept for who keeps up, of what is at the log's path; the caller has the lock.
 
         Going to a file component by component takes longer than reading a line of it. Where the path still
-        leads to the very file that was opened so, it need not be opened again.
+        leads, by its stamp, to the very file that was opened so, it need not be opened again.
         """
-        if self._kept is not None:
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.lstat(self._place), os.fstat(self._kept)):
-                    return self._kept
+        if self._kept is None or stamp is None or stamp.file != self._kept[1]:
             self._let_go()
-        self._kept = self._open()
-        return self._kept
+            log = self._open()
+            status = os.fstat(log)
+            self._kept = (log, (status.st_dev, status.st_ino))
+        return self._kept[0]
 
     def _let_go(self) -> None:
         if self._kept is not None:
-            os.close(self._kept)
+            os.close(self._kept[0])
             self._kept = None
 
     @contextlib.contextmanager

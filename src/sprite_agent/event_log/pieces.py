@@ -42,6 +42,16 @@ def goes_on(steps: Generator[object, None, object]) -> bool:
     return True
 
 
+def piece_of(steps: Generator[object, None, _R]) -> _R | None:
+    """Does a piece of work whose result is never None: that, or None where there is more."""
+    try:
+        next(steps)
+    except StopIteration as done:
+        result: _R = done.value
+        return result
+    return None
+
+
 def finished(steps: Generator[object, None, _R], between: Callable[[], None] | None = None) -> _R:
     """The result of work that is done in one go; `between` is called after each piece, and may raise."""
     while True:

@@ -45,8 +45,8 @@ class Stamp(NamedTuple):
 class Reading(Protocol):
     """What was read of a log at first."""
 
-    def digest_after(self, offset: int) -> tuple[int, bytes]:
-        """The next place after `offset` of which the digest of all before it is known, and that digest."""
+    def digest_after(self, offset: int) -> tuple[int, str]:
+        """The next place after `offset` of which the SHA-256 of all before it is known, and that, lower-case hex."""
         ...
 
 
@@ -87,14 +87,14 @@ class Rereading:
         """Whether a log with this stamp holds what was read, for certain."""
         return stamp == self._clean
 
-    def go_on(self, log: int, stamp: Stamp, reading: Reading, end: tuple[int, bytes], pace: Pace) -> bool:
+    def go_on(self, log: int, stamp: Stamp, reading: Reading, end: tuple[int, str], pace: Pace) -> bool:
         """A piece of a pass, if there is need and time. False: the log no longer holds what was read.
 
         Args:
             log: descriptor of the log.
             stamp: the stamp it has now.
             reading: what was read.
-            end: its end, and the digest of all of it.
+            end: its end, and the SHA-256 of all of it.
             pace: how long the piece may be.
         """
         began = time.monotonic()
@@ -116,7 +116,7 @@ class Rereading:
 class _Pass:
     """One pass, as far as it has got."""
 
-    def __init__(self, stamp: Stamp | None, end: tuple[int, bytes]) -> None:
+    def __init__(self, stamp: Stamp | None, end: tuple[int, str]) -> None:
         self.stamp = stamp
         self._end = end
         self._offset = 0
@@ -137,7 +137,7 @@ class _Pass:
                 self._offset += len(data)
                 if pace.over() and self._offset < place:
                     return True
-            if self._digest.digest() != digest:
+            if self._digest.hexdigest() != digest:
                 return False
             if pace.over():
                 return True

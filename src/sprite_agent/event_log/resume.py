@@ -89,7 +89,7 @@ def check_digest(digest: Hash, token: ResumeToken) -> None:
     Raises:
         HistoryRewritten: it is another.
     """
-    if _short(digest) != token.digest:
+    if _shortened(digest.hexdigest()) != token.digest:
         raise _rewritten(token.generation, token.position)
 
 
@@ -108,11 +108,14 @@ class Trail:
             self._bytes = bytearray(_window_before(log, start.offset))
         self.digest = hashlib.sha256() if digest is None else digest
         """Of everything read, from the beginning of the log. Not to be updated."""
+        self.sha256 = self.digest.hexdigest()
+        """The same, lower-case hex."""
         self.end = start.offset
         """Bytes read, from the beginning of the log."""
+        self._generation = _digest_of_first_line(self._head)
         # Running digests at places not after any that a token may still be asked for, but for the boundary.
         self._known = deque([(start.offset, self.digest.copy())])
-        self._boundary = (start.offset, _short(self.digest))
+        self._boundary = (start.offset, _shortened(self.sha256))
 
     def is_whole(self, log: int) -> bool:
         """Whether the log still begins with what was read, and holds it where this ends."""
@@ -123,10 +126,9 @@ class Trail:
 
     def why_not_whole(self, log: int, end: int, position: Position) -> PositionLost:
         """What has become of the log, where it is not what was read, or not as long as byte `end` any more."""
-        generation = _digest_of_first_line(self._head)
         if self.end:
             try:
-                check_beginning(log, generation, Position(position.line, self.end))
+                check_beginning(log, self._generation, Position(position.line, self.end))
             except PositionLost as lost:
                 return lost
         size = os.fstat(log).st_size
@@ -135,14 +137,17 @@ class Trail:
                 f"the event log was truncated while it was read: {size} bytes of {end}; replay from the start",
                 details={"line": position.line, "offset": position.offset, "size": size},
             )
-        return _rewritten(generation, position)
+        return _rewritten(self._generation, position)
 
     def extend(self, data: bytes, *, boundary: int, earliest: int) -> None:
         """Notes what was read. A token may still be asked for at `boundary`, and from `earliest` on."""
         if boundary != self._boundary[0]:
             self._boundary = (boundary, self._digest_at(boundary))
-        if len(self._head) < WINDOW_BYTES:
-            self._head = (self._head + data)[:WINDOW_BYTES]
+        if (size := len(self._head)) < WINDOW_BYTES:
+            begun = b"\n" in self._head
+            self._head += data[: WINDOW_BYTES - size]
+            if not begun:
+                self._generation = _digest_of_first_line(self._head)
         if earliest >= self.end:
             self._known.clear()
         while len(self._known) > 1 and self._known[1][0] <= earliest:
@@ -153,6 +158,7 @@ class Trail:
                 self._known.append((self.end, self.digest.copy()))
             self.digest.update(view[at : at + _FAR])
             self.end += len(view[at : at + _FAR])
+        self.sha256 = self.digest.hexdigest()
         self._bytes += data
         needed = self.end - min(self._known[0][0], self.end - WINDOW_BYTES)
         del self._bytes[: max(0, len(self._bytes) - needed)]
@@ -162,20 +168,22 @@ class Trail:
         offset, digest = self._boundary
         return ResumeToken(
             position=position,
-            generation=_digest_of_first_line(self._head) if position.offset else START_TOKEN.generation,
+            generation=self._generation if position.offset else START_TOKEN.generation,
             digest=digest if position.offset == offset else self._digest_at(position.offset),
         )
 
     def _digest_at(self, offset: int) -> str:
+        if offset == self.end:
+            return _shortened(self.sha256)
         known, digest = next(entry for entry in reversed(self._known) if entry[0] <= offset)
         behind = len(self._bytes) - self.end
         digest = digest.copy()
         digest.update(self._bytes[behind + known : behind + offset])
-        return _short(digest)
+        return _shortened(digest.hexdigest())
 
 
-def _short(digest: Hash) -> str:
-    return digest.hexdigest()[:32]
+def _shortened(sha256: str) -> str:
+    return sha256[:32]
 
 
 def _rewritten(generation: str, position: Position) -> HistoryRewritten:

@@ -193,6 +193,9 @@ class _Stream:
                 self._sent += news.batch.event_count
                 self._heard_at, self._told_so = time.monotonic(), news.at_end
                 yield news.batch if self._raw else await workers.run(functools.partial(self._built, news.batch))
+                if news.at_end:
+                    del news  # large, maybe
+                    await tail.wait(turn, self._patience())
             elif self._silence() <= 0 or (self._caught_up and not self._told_so):
                 self._heard_at, self._told_so = time.monotonic(), self._caught_up
                 yield self._bookmark()

@@ -17,15 +17,14 @@ from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
 from sprite_agent.event_log.index import READ_AGAIN_AT_ONCE
 from sprite_agent.event_log.log import Arrived
-from sprite_agent.event_log.pieces import goes_on
-from sprite_agent.event_log.waiting import tell, waited
+from sprite_agent.event_log.pieces import piece_of
 from sprite_agent.event_log.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sprite_agent.contract.envelopes import Source
-    from sprite_agent.event_log.folder_watch import Changes, FolderWatch
+    from sprite_agent.event_log.folder_watch import FolderWatch
     from sprite_agent.event_log.index import LogView
     from sprite_agent.event_log.log import EventLog, LogStamp
     from sprite_agent.event_log.pieces import Steps
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 
 POLL = 1.0
 """Seconds until a change is found of which the system has not told: network and overlay file systems may not."""
+_POLLS_ALONE = 10
+"""As many times as often where it tells of none."""
 _POLLED_AT_ONCE = 64
 """Logs; it takes a fraction of a millisecond."""
 QUIET_PAUSE = 0.002
@@ -60,7 +61,7 @@ class Tails:
         tail = self._tails.get(log)
         if tail is None:
             source: Source = {"repoPath": self._repo, "loopId": log.loop_id}
-            tail = self._tails[log] = Tail(log, source, self._folders.follow(log.open_folder), self._workers, seen)
+            tail = self._tails[log] = Tail(log, source, self._folders, self._workers, seen)
             self._polling = self._polling or asyncio.create_task(self._poll())
         tail.followers += 1
         try:
@@ -83,17 +84,22 @@ class Tails:
         """Has each tail find out now and then what it has not heard of; some at a time, for all there is one timer."""
         while True:
             tails = list(self._tails.values())
-            shares = max(1, math.ceil(len(tails) / _POLLED_AT_ONCE))
+            alone = [tail for tail in tails if not tail.is_told]
+            shares = max(_POLLS_ALONE if alone else 1, math.ceil(len(tails) / _POLLED_AT_ONCE))
             for number in range(shares):
                 await asyncio.sleep(POLL / shares)
-                for tail in tails[number::shares]:
+                for tail in (*alone, *tails[number::shares]):
                     tail.poll()
 
 
 class Tail:
-    """See the module. Lives as long as somebody follows; a task of its own looks at the log."""
+    """See the module. Lives as long as somebody follows.
 
-    def __init__(self, log: EventLog, source: Source, changes: Changes, workers: Workers, seen: LogView) -> None:
+    Most looks take a tenth of a millisecond: they are made on the spot when there is word of a change. Only what may
+    take long is done by a task, in another thread.
+    """
+
+    def __init__(self, log: EventLog, source: Source, folders: FolderWatch, workers: Workers, seen: LogView) -> None:
         self.followers = 0
         self.view: LogView | None = None
         """What the log was like at the last look; None: none yet, or it failed."""
@@ -101,12 +107,10 @@ class Tail:
         """Rises with each look, and whenever everybody is woken."""
         self._log = log
         self._source = source
-        self._changes = changes
         self._workers = workers
         self._window = Window()
-        self._reread_at = -math.inf
-        self._arrived: Arrived | None = None
-        """What the look that is under way has found."""
+        self._waiting: dict[asyncio.Future[None], float] = {}
+        """Who waits for another turn, and until when."""
         self._is_kept = False
         """Whether the log keeps what comes, for this."""
         self._has_moved = False
@@ -115,31 +119,42 @@ class Tail:
         """What the file looked like before the last look."""
         self._looked_at = -math.inf
         """When the last look began."""
+        self._reread_at = -math.inf
         self._is_all = True
         """Whether it has found all that there was."""
-        self._waiting: set[asyncio.Future[None]] = set()
-        self._wanted = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        """What takes long of a look."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Until another look may be due, or somebody has waited long enough."""
+        self._changes = folders.follow(log.open_folder, self._hear)
         self._go_on_from(seen)
-        self._task = asyncio.create_task(self._watch())
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the system tells of changes."""
+        return self._changes.are_told
 
     def close(self) -> None:
         """Looks no more."""
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._changes.close()
         self._log.keep_newest(None)
-        self._window = Window()  # a cancelled task keeps this tail until cycles are looked for, which is seldom
+        self._window = Window()  # what is cancelled keeps this tail until cycles are looked for, which is seldom
 
     def wake(self) -> None:
         """Has every follower look at the tail."""
         self.turn += 1
         for woken in self._waiting:
-            tell(woken)
+            _tell(woken)
         self._waiting.clear()
-        self._wanted.clear()
 
     def poll(self) -> None:
-        """Finds out whether the log has changed."""
-        if self._log.stamp() != self._stamp:
+        """Finds out whether the log has changed; one that may have, as far as its times tell, is looked at as well."""
+        is_settled = self.view is None or self.view.is_sure or self._looked_at + SETTLED_PAUSE > time.monotonic()
+        if not is_settled or self._log.stamp() != self._stamp:
             self._changes.notice()
 
     async def wait(self, turn: int, timeout: float) -> None:  # noqa: ASYNC109  # a follower's own beat, not a failure
@@ -147,12 +162,12 @@ class Tail:
         if self.turn != turn or timeout <= 0:
             return
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(woken)
-        self._wanted.set()
+        until = self._waiting[woken] = time.monotonic() + timeout
+        self._plan(until)
         try:
-            await waited(woken, timeout)
+            await woken
         finally:
-            self._waiting.discard(woken)
+            self._waiting.pop(woken, None)
 
     def number_of(self, view: LogView, offset: int) -> int | None:
         """The number of the portion that begins at an offset of the log as `view` saw it; None: there is none."""
@@ -172,75 +187,106 @@ class Tail:
             if self._log.is_at(seen, self._stamp):
                 self._publish(Arrived(seen, [], is_all=True))
 
-    async def _watch(self) -> None:
-        if self.view is None:
-            await self._look()
-        while True:
-            await self._wanted.wait()  # as long as all are behind, they read for themselves
-            if self._is_all:
-                await self._wait()
-            await self._look()
+    def _is_wanted(self) -> bool:
+        """Whether somebody waits for a look: as long as all are behind, they read for themselves. And none goes on."""
+        return bool(self._waiting) and self._task is None
 
-    async def _wait(self) -> None:
-        """Returns when another look is due: after a change, and not too soon after the last look."""
-        changes = self._changes
-        if changes.is_deaf:
-            await self._rest()
-            if self._log.stamp() != self._stamp:
-                return
-            changes.look_anew()
-            if self._log.stamp() != self._stamp:
-                return
-        pause = self._pause()
-        while not await changes.wait(pause):
-            if pause < math.inf or self._log.stamp() != self._stamp:
-                break
-        await self._rest()
+    def _due(self) -> float:
+        """When the next look is: after a change, and not too soon after the last look."""
+        if not self._is_all:
+            return -math.inf
+        if self._changes.are_there:
+            return self._looked_at + QUIET_PAUSE
+        if self.view is None or self._is_large_and_unsure():
+            return self._looked_at + UNSURE_PAUSE
+        return math.inf
 
-    async def _rest(self) -> None:
-        if (rest := self._looked_at + QUIET_PAUSE - time.monotonic()) > 0:
-            await asyncio.sleep(rest)
+    def _hear(self) -> None:
+        """There is a change."""
+        if self._is_wanted():
+            if self._due() <= time.monotonic():
+                self._look()
+            else:
+                self._plan()
 
-    def _pause(self) -> float:
-        """Seconds until another look is due although nothing changes."""
-        if self.view is None:
-            return UNSURE_PAUSE
-        if self.view.is_sure:
-            return math.inf
-        return UNSURE_PAUSE if self.view.end > READ_AGAIN_AT_ONCE else SETTLED_PAUSE
+    def _plan(self, until: float = math.inf) -> None:
+        """Sees to it that there is a look when one is due, and an end to waiting at `until`."""
+        due = min(until, self._due()) if self._is_wanted() else until
+        if due == math.inf:
+            return
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return  # it plans anew; most who wait are woken by an event, and need no timer of their own
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(due, self._time_is_up)
 
-    async def _look(self) -> None:
+    def _time_is_up(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        for woken in [woken for woken, until in self._waiting.items() if until <= now]:
+            _tell(woken)
+            del self._waiting[woken]
+        if self._is_wanted() and self._due() <= now and not (self._changes.is_deaf and self._hears_again()):
+            self._look()
+        self._plan(min(self._waiting.values(), default=math.inf))
+
+    def _hears_again(self) -> bool:
+        """Listens for changes after a burst, if it is over."""
+        if self._is_all and self._log.stamp() == self._stamp:
+            self._changes.look_anew()
+            self._changes.are_there = self._log.stamp() != self._stamp
+        return not self._changes.are_there
+
+    def _look(self) -> None:
         """Looks at what is new."""
+        self._changes.are_there = self._changes.is_deaf
         self._stamp, self._looked_at = self._log.stamp(), time.monotonic()
         try:
-            await self._read_newest()
+            look = self._log.newest_steps(self._stamp)
+            arrived = self._piece_of(look) if self._log.is_quick(self._stamp) else None
+            if arrived is not None:
+                self._publish(arrived)
+        except Exception:  # noqa: BLE001  # as in _work()
+            self._fail()
+            return
+        if arrived is None:
+            self._task = asyncio.create_task(self._work(look))
+        elif self._is_to_be_reread():
+            self._task = asyncio.create_task(self._work(None))
+
+    async def _work(self, look: Steps[Arrived] | None) -> None:
+        """What takes long: the rest of a look, and reading a piece of the log again."""
+        try:
+            if look is not None:
+                with contextlib.closing(look):
+                    while (arrived := await self._workers.run(lambda: self._piece_of(look))) is None:
+                        pass
+                self._publish(arrived)
+            if self._is_to_be_reread():
+                self._reread_at = time.monotonic()
+                await self._workers.run(self._log.reread)
         except Exception:  # noqa: BLE001  # of whatever kind: whoever follows looks for themselves, and meets it too
-            self.view, self._has_moved, self._is_all = None, True, True
-            self.wake()
+            self._fail()
+        self._task = None
+        self._plan()
 
-    async def _read_newest(self) -> None:
-        with contextlib.closing(self._look_steps()) as look:
-            is_quick = self._log.is_quick(self._stamp)
-            more = goes_on(look) if is_quick else await self._workers.run(lambda: goes_on(look))
-            while more:
-                more = await self._workers.run(lambda: goes_on(look))
-        assert self._arrived is not None  # noqa: S101  # that is what the steps have done
-        arrived, self._arrived = self._arrived, None
-        self._publish(arrived)
-        if self._pause() == UNSURE_PAUSE and time.monotonic() - self._reread_at >= UNSURE_PAUSE:
-            self._reread_at = time.monotonic()
-            await self._workers.run(self._log.reread)
-
-    def _look_steps(self) -> Steps[None]:
+    def _piece_of(self, look: Steps[Arrived]) -> Arrived | None:
         if not self._is_kept:
             self._keep()
-        self._arrived = yield from self._log.newest_steps()
+        return piece_of(look)
 
     def _keep(self) -> None:
         """Has the log keep what comes."""
         builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=0)
         self._log.keep_newest(builder)
         self._is_kept = True
+
+    def _is_to_be_reread(self) -> bool:
+        return self._is_large_and_unsure() and time.monotonic() - self._reread_at >= UNSURE_PAUSE
+
+    def _is_large_and_unsure(self) -> bool:
+        """Whether it was not read again since it last changed, and is too large to be with each look."""
+        return self.view is not None and not self.view.is_sure and self.view.end > READ_AGAIN_AT_ONCE
 
     def _publish(self, arrived: Arrived) -> None:
         """Lets followers have what has arrived."""
@@ -255,3 +301,12 @@ class Tail:
         self.view, self._is_all = view, arrived.is_all
         self._window.tell(lines=view.lines, is_all=arrived.is_all)
         self.wake()
+
+    def _fail(self) -> None:
+        self.view, self._has_moved, self._is_all = None, True, True
+        self.wake()
+
+
+def _tell(woken: asyncio.Future[None]) -> None:
+    if not woken.done():  # cancelled, it may be
+        woken.set_result(None)

@@ -94,7 +94,8 @@ class AgentMetrics:
     def sent(self, *, events: int, skipped: int) -> None:
         """Counts what a batch carried."""
         self._events.inc(events)
-        self._skipped.inc(skipped)
+        if skipped:
+            self._skipped.inc(skipped)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[StreamLag]:
