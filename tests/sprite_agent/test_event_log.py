@@ -585,6 +585,40 @@ def test_a_large_log_is_read_again_piece_by_piece_beside_other_looks(
     assert log.refresh().identity != before.identity
 
 
+def test_a_log_that_has_not_changed_for_a_while_need_not_be_read_twice(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(10_000, width=100))
+    settle(loop)
+
+    view = log.refresh()
+
+    assert view.end > log_index.READ_AGAIN_AT_ONCE
+    assert view.is_sure
+    loop.append(numbered(1))
+    assert not log.refresh().is_sure
+
+
+def test_a_log_that_has_just_changed_is_not_sure_to_be_what_was_read(log: EventLog, loop: LoopFiles) -> None:
+    loop.append(numbered(10_000, width=100))
+    loop.log.touch()
+
+    assert not log.refresh().is_sure
+
+
+def test_a_log_that_is_changed_while_it_is_read_for_the_first_time_is_read_again(loop: LoopFiles) -> None:
+    loop.append(numbered(60_000, width=100))
+    settle(loop)
+    index, aim = LogIndex(str(loop.log)), Aim()
+    with loop.log.open("rb") as file:
+        assert not index.advance(file.fileno(), aim)
+        with loop.log.open("r+b") as changed:
+            changed.seek(index.end // 2)
+            changed.write(b"#")
+        settle(loop)
+
+        until(lambda: index.advance(file.fileno(), aim), "it is read")
+        until(lambda: index.advance(file.fileno(), Aim()) and index.view().identity > 1, "the change is found")
+
+
 def test_a_small_log_is_read_again_in_one_go_however_slow_the_machine_is(loop: LoopFiles) -> None:
     loop.append(numbered(3000, width=100))
     index = LogIndex(str(loop.log))

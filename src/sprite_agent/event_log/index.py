@@ -93,6 +93,9 @@ class LogIndex:
     Without a follower each look does one piece.
     """
 
+    _first_stamp: Stamp | None
+    """What the file looked like before anything was read of it, if that was settled; until all was read."""
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._identity = 0
@@ -141,6 +144,9 @@ class LogIndex:
         aim.size = min(aim.size, status.st_size)  # of a log that was cut off meanwhile, there is no more to come
         if not self._read(log, aim.size, pace):
             return False
+        if self._first_stamp is not None:
+            self._rereading.spare(self._first_stamp)
+            self._first_stamp = None
         if soon and not self._rereading.demanded and self._trail.end > READ_AGAIN_AT_ONCE:
             return True
         end = (self._trail.end, self._trail.sha256)
@@ -240,6 +246,7 @@ class LogIndex:
         self._stride = CHUNK
         self._rereading = Rereading()
         self._stamp: Stamp | None = None
+        self._first_stamp = None
         if self._newest is not None:
             self._newest.begin_anew()
             self._records.judge(wanted=True)
@@ -251,6 +258,8 @@ class LogIndex:
             self._rereading.withdraw()
         elif self._stamp is not None and stamp != self._stamp:
             self._rereading.demand()
+        if self._stamp is None and stamp.is_settled():
+            self._first_stamp = stamp
         self._stamp = stamp
 
     def _read(self, log: int, size: int, pace: Pace) -> bool:

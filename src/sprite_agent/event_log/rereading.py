@@ -63,7 +63,9 @@ class Rereading:
         self._done = 0
         self._pass: _Pass | None = None
         self._clean: Stamp | None = None
-        """The stamp at the beginning of the last pass, if it was settled: a log that still has it needs no other."""
+        """The stamp at the beginning of the last pass, or of the first reading, if it was settled: a log that still
+        has it needs no other.
+        """
         self._credit, self._credited_at = _SAVED, time.monotonic()
 
     def demand(self) -> None:
@@ -73,6 +75,10 @@ class Rereading:
     def withdraw(self) -> None:
         """Says that no pass is needed at once any more."""
         self._demanded = 0
+
+    def spare(self, stamp: Stamp) -> None:
+        """Says that the first reading, which is over, began when the log had this stamp, which was settled."""
+        self._clean = stamp
 
     @property
     def demanded(self) -> int:
