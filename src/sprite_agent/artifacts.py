@@ -127,20 +127,18 @@ class ArtifactFiles:
         Raises:
             ArtifactNotRegular: a component is a link, or no folder.
         """
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        try:
-            folder = os.open(self.repo, flags)
-        except FileNotFoundError:
-            return None
+        folder = None
         for part in path.split("/"):
+            place = part if folder is not None else f"{self.repo}/{part}"
             try:
-                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
+                below = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
             except FileNotFoundError:
                 return None
             except OSError as error:
                 raise self._refused(path, error) from error
             finally:
-                os.close(folder)
+                if folder is not None:
+                    os.close(folder)
             folder = below
         return folder
 

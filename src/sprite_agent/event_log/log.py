@@ -90,7 +90,8 @@ class EventLog:
         self._index = LogIndex(self.path)
         self._kept: tuple[int, tuple[int, int]] | None = None
         """The log, open as long as somebody keeps up with it; and which file that is."""
-        self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
+        self._waiting = 0
+        """Calls that wait for it, as it is still being read."""
 
     @property
     def lines_read(self) -> int:
@@ -241,7 +242,10 @@ class EventLog:
 
         def wait() -> None:
             nonlocal waits
-            waits = waits or self._waiting.acquire(blocking=False)
+            if not waits:
+                with self._lock:
+                    waits = self._waiting < _MAX_WAITING
+                    self._waiting += waits
             if not waits or time.monotonic() >= until:
                 raise Starting(
                     f"the event log of loop {self.loop_id} is still being read; try again in a second", retry_after=1.0
@@ -252,7 +256,8 @@ class EventLog:
                 return finished(steps, wait if self._patience < math.inf else None)
         finally:
             if waits:
-                self._waiting.release()
+                with self._lock:
+                    self._waiting -= 1
 
     def _found_again(self, stamp: LogStamp | None) -> int:
         """The descriptor that is kept for who keeps up, of what is at the log's path; the caller has the lock.

@@ -128,15 +128,14 @@ class _Stream:
         self, workers: Workers, tails: Tails, before_waiting: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[EventBatch]:
         """Batches until the query is satisfied."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.close)
+        tail: Tail | None = None
+        turn = 0
+        try:
             async with contextlib.aclosing(self._open(workers, before_waiting)) as beats:
                 async for beat in beats:
                     yield beat
             if self._opened is None:
                 return
-            tail: Tail | None = None
-            turn = 0
             while not self._is_over():
                 async with contextlib.aclosing(self._read(workers)) as batches:
                     with contextlib.suppress(StopAsyncIteration):
@@ -146,7 +145,7 @@ class _Stream:
                     return
                 if self._is_over():
                     break
-                tail = tail or stack.enter_context(tails.follow(self._log, self._view))
+                tail = tail or tails.follow(self._log, self._view)
                 await tail.wait(turn, self._patience())
                 if not self._query.max_events:  # else a portion of the tail may be more than is wanted
                     async with contextlib.aclosing(self._follow(tail, workers)) as batches:
@@ -155,6 +154,10 @@ class _Stream:
                                 yield await anext(batches)
                 turn = tail.turn
             yield self._bookmark()
+        finally:
+            self.close()
+            if tail is not None:
+                tails.leave(self._log)
 
     async def _read(self, workers: Workers) -> AsyncGenerator[EventBatch]:
         """What the file holds from where the stream stands, up to its end."""

@@ -21,8 +21,6 @@ from sprite_agent.event_log.pieces import piece_of
 from sprite_agent.event_log.window import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sprite_agent.contract.envelopes import Source
     from sprite_agent.event_log.folder_watch import FolderWatch
     from sprite_agent.event_log.index import LogView
@@ -55,25 +53,26 @@ class Tails:
         self._tails: dict[EventLog, Tail] = {}
         self._polling: asyncio.Task[None] | None = None
 
-    @contextlib.contextmanager
-    def follow(self, log: EventLog, seen: LogView) -> Iterator[Tail]:
-        """The tail of a log, which somebody looks at inside the block; `seen`: what they have seen of it."""
+    def follow(self, log: EventLog, seen: LogView) -> Tail:
+        """The tail of a log, for somebody who looks at it until they `leave`; `seen`: what they have seen of it."""
         tail = self._tails.get(log)
         if tail is None:
             source: Source = {"repoPath": self._repo, "loopId": log.loop_id}
             tail = self._tails[log] = Tail(log, source, self._folders, self._workers, seen)
             self._polling = self._polling or asyncio.create_task(self._poll())
         tail.followers += 1
-        try:
-            yield tail
-        finally:
-            tail.followers -= 1
-            if not tail.followers:
-                del self._tails[log]
-                tail.close()
-                if self._polling is not None and not self._tails:
-                    self._polling.cancel()
-                    self._polling = None
+        return tail
+
+    def leave(self, log: EventLog) -> None:
+        """One less looks at the tail of a log; it ends with the last."""
+        tail = self._tails[log]
+        tail.followers -= 1
+        if not tail.followers:
+            del self._tails[log]
+            tail.close()
+            if self._polling is not None and not self._tails:
+                self._polling.cancel()
+                self._polling = None
 
     def wake_all(self) -> None:
         """Has every follower look whether it is to end."""
