@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import shutil
@@ -632,6 +633,30 @@ async def test_a_stream_that_is_left_gives_back_what_it_held(repo: Repo, loop: L
             await replay(repo, resume_token="x")  # noqa: S106  # a place in a log, no secret
 
     assert open_files() == before
+
+
+@pytest.mark.parametrize("place", ["the start", "a line", "a token"])
+async def test_a_place_in_a_small_log_is_found_at_once(repo: Repo, loop: LoopFiles, place: str) -> None:
+    """By no other thread: the way there would take longer, and the peer would be told first that it has to wait."""
+    loop.append(numbered(30))
+    batches = await replay(repo, max_events=20)
+    places: dict[str, dict[str, Any]] = {
+        "the start": {},
+        "a line": {"after_line": 20},
+        "a token": {"resume_token": batches[-1].resume_token},
+    }
+    waits = 0
+
+    async def before_waiting() -> None:
+        nonlocal waits
+        waits += 1
+
+    query = EventQuery(loop_id=LOOP, follow=True, **places[place])
+    async with contextlib.aclosing(repo.stream_events(query, before_waiting=before_waiting)) as stream:
+        batch = await anext(stream)
+
+    assert lines_of([batch])[-1] == 30
+    assert not waits
 
 
 async def test_appended_lines_arrive_without_inotify_too(

@@ -116,7 +116,8 @@ class LogReader:
                     return
                 if passed.last_line == line or pace.over():
                     break
-            yield
+            if pace.over():
+                yield
 
     def token(self) -> ResumeToken:
         """The resume token for the position."""
