@@ -13,7 +13,8 @@ from tools.bench.plan import Sized
 from tools.bench.processes import Agent, Worker, cpu_seconds, forget_peak, memory, peak_memory
 from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
-from tools.bench.spreads import noise, quantile
+from tools.bench.rounds import interleaved
+from tools.bench.spreads import noise, quantile, ratios
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MOST = 2000
 """Streams, as the next."""
 STREAMS: Sized[tuple[int, ...]] = Sized(full=(100, 500, MOST), gate=(100,), quick=(10, 40))
+OPENINGS = Sized(full=6, quick=2)
+"""Rounds of opening all of them, and as many bare ones. An even number."""
 IDLE_SECONDS = Sized(full=4.0, quick=1.0)
 EVENTS = Sized(full=8, gate=4, quick=2)
 """Of each stream, one a second."""
@@ -47,6 +50,7 @@ def run(plan: Plan) -> Result:
         for streams in sizes:
             found += fleet.hold(streams)
         total = fleet.tally
+        found += _openings(plan, fleet, sizes[-1])
     found += _bare(plan, sizes[-1])
     found += _saturate(plan)
     medians = {figure.key: figure.spread.median for figure in found}
@@ -57,11 +61,6 @@ def run(plan: Plan) -> Result:
     return Result(
         figures=(
             *found,
-            figure(
-                "fanin.open_to_bare",
-                medians[f"fanin.{sizes[-1]}.open"] / medians["fanin.bare.open"],
-                text=f"{sizes[-1]} streams: open all / as many bare ones",
-            ),
             figure("fanin.idle_memory", medians[f"fanin.{sizes[-1]}.idle_memory"]),
             figure("fanin.lost", total.lost),
             figure("fanin.doubled", total.doubled),
@@ -103,7 +102,7 @@ class _Fleet:
     def hold(self, streams: int) -> list[Figure]:
         """Opens so many streams, looks at them idle, then sends one event a second by each."""
         plan, logs = self._plan, self._logs[:streams]
-        places = [Place(server=agent.server, loop=loop, after=self._lines[log]) for agent, loop, log in logs]
+        places = self._places(streams)
         events = plan.sized(EVENTS)
         with Worker() as worker:
             plan.say(f"fanin: opening {streams} streams")
@@ -123,6 +122,20 @@ class _Fleet:
             busy = (cpu_seconds(worker.pid) - used) / (time.perf_counter() - began) * 100
         self.tally += got.tally
         return _held(streams, opened=opened, idle=idle, cpus=(idle_cpu, busy), seconds=_by_second(got, events))
+
+    def open(self, streams: int) -> float:
+        """Opens so many streams from a process that has none yet, and ends them; seconds until all had caught up."""
+        places = self._places(streams)
+        with Worker() as worker:
+            worker.call(followers.warm_up, places[0])
+            opened = worker.call(followers.follow, places)
+            worker.call(followers.unfollow)
+        return opened
+
+    def _places(self, streams: int) -> list[Place]:
+        return [
+            Place(server=agent.server, loop=loop, after=self._lines[log]) for agent, loop, log in self._logs[:streams]
+        ]
 
     def _write(self, logs: Sequence[Path], events: int) -> None:
         """Appends so many lines to each log, evenly over so many seconds."""
@@ -159,18 +172,41 @@ def _held(
         figure(f"{head}.p99", p99s, "ms", text=f"{text}p99 at 1 event/s each"),
     ]
     if streams == MOST:
-        figures += [figure("fanin.open", opened), figure("fanin.p99", p99s, noise=differs)]
+        figures.append(figure("fanin.p99", p99s, noise=differs))
     return figures
 
 
+def _openings(plan: Plan, fleet: _Fleet, streams: int) -> list[Figure]:
+    """How long it takes to open so many streams, in turn with as many bare ones."""
+    with floors.floor() as one, floors.floor() as other:
+
+        def bare() -> float:
+            with Worker() as worker:
+                return worker.call(floors.beats, [one, other], streams, 1, patience=PATIENCE).opened
+
+        arms = {"ours": lambda: fleet.open(streams), "bare": bare}
+        found = interleaved(
+            plan, f"fanin: opening {streams} streams, and as many bare ones", arms, plan.sized(OPENINGS)
+        )
+    ours = found["ours"]
+    return [
+        figure("fanin.open", ours, noise=noise(ours[0::2], ours[1::2])),
+        figure(
+            "fanin.open_to_bare",
+            ratios(ours, found["bare"]),
+            text=f"{streams} streams: open all / as many bare ones",
+        ),
+        figure("fanin.bare.open", found["bare"], "s", text=f"{streams} bare streams: open all"),
+    ]
+
+
 def _bare(plan: Plan, streams: int) -> list[Figure]:
-    """What the same gRPC takes to open as many streams and to carry one message a second by each, and no more."""
+    """What the same gRPC takes to carry one message a second by each of as many streams, and no more."""
     plan.say(f"fanin: {streams} bare streams")
     with floors.floor() as one, floors.floor() as other, Worker() as worker:
         held = worker.call(floors.beats, [one, other], streams, plan.sized(EVENTS), patience=PATIENCE)
     text = f"{streams} bare streams: "
     return [
-        figure("fanin.bare.open", held.opened, "s", text=f"{text}open all"),
         figure("fanin.bare.p50", quantile(held.delays, 0.5), "ms", text=f"{text}p50 at 1 message/s each"),
         figure("fanin.bare.p99", quantile(held.delays, 0.99), "ms", text=f"{text}p99 at 1 message/s each"),
     ]
