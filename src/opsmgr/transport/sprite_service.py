@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import socket
 import time
 from datetime import datetime
-from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -349,8 +349,8 @@ def _is_cancelled() -> bool:
 
 
 def _channel(target: str, tls: TlsFiles | None, name: str | None) -> grpc.aio.Channel:
-    with contextlib.suppress(ValueError):
-        IPv4Address(target.rpartition(":")[0])
+    with contextlib.suppress(OSError):
+        socket.inet_pton(socket.AF_INET, target.rpartition(":")[0])
         target = f"ipv4:{target}"  # else gRPC would look it up like a name, for a tenth of what a connection takes
     if tls is None:
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
