@@ -143,6 +143,27 @@ async def test_followers_who_wait_look_at_nothing_and_hold_one_descriptor_betwee
         assert open_logs() == 1
 
 
+@pytest.mark.parametrize("intervals", [(0.1, 0.4), (0.4, 0.1)])
+async def test_each_follower_of_a_tail_has_a_beat_of_its_own(
+    repo: Repo, loop: LoopFiles, intervals: tuple[float, float]
+) -> None:
+    loop.append(numbered(1, 1))
+
+    async def beats(interval: float) -> int:
+        async with follow(repo, heartbeat_interval=interval) as follower:
+            await follower.until_lines(1)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.4):
+                    while True:
+                        await follower.next()
+            return len(follower.seen) - 1
+
+    found = dict(zip(intervals, await asyncio.gather(*map(beats, intervals)), strict=True))
+
+    assert 2 <= found[0.4] <= 4
+    assert 6 <= found[0.1] <= 15
+
+
 async def test_a_tail_goes_on_from_what_its_first_follower_has_seen(
     repo: Repo, loop: LoopFiles, looks: list[str]
 ) -> None:
