@@ -187,7 +187,7 @@ class Tail:
                 self._publish(Arrived(seen, [], is_all=True))
 
     def _is_wanted(self) -> bool:
-        """Whether a look is of use: somebody waits, and none goes on. As long as all are behind, they read themselves."""
+        """Whether a look is of use: somebody waits (who is behind reads for themselves), and none is under way."""
         return bool(self._waiting) and self._task is None
 
     def _due(self) -> float:
