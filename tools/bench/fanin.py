@@ -189,8 +189,9 @@ def _openings(plan: Plan, fleet: _Fleet, streams: int) -> list[Figure]:
             plan, f"fanin: opening {streams} streams, and as many bare ones", arms, plan.sized(OPENINGS)
         )
     ours = found["ours"]
+    key = "fanin.open" if streams == MOST else f"fanin.{streams}.openings"
     return [
-        figure("fanin.open", ours, noise=noise(ours[0::2], ours[1::2])),
+        figure(key, ours, "s", text=f"{streams} streams: open all, in turn", noise=noise(ours[0::2], ours[1::2])),
         figure(
             "fanin.open_to_bare",
             ratios(ours, found["bare"]),
