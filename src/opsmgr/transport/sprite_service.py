@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import socket
 import time
 from datetime import datetime
@@ -21,6 +20,7 @@ from opsmgr.transport.credentials import Credentials
 from opsmgr.transport.messages import batch_from, result_from, stream_request
 from opsmgr.transport.probes import serving
 from opsmgr.transport.retry import Retries, RetryPolicy, retried
+from opsmgr.transport.silence import Silence
 from sprite_agent.contract import control_mirror, error_details, mirror
 from sprite_agent.contract.agent_state import Finding, JournalHead
 from sprite_agent.contract.loop_ids import check_loop_id
@@ -32,7 +32,6 @@ from sprite_agent.v1 import service_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-    from types import TracebackType
 
     from opsmgr.transport.base import TransportName
     from opsmgr.transport.credentials import Renewal, TlsFiles
@@ -151,7 +150,7 @@ class SpriteServiceTransport:
         body = stream_request(query).SerializeToString()
         metadata = self._renewed().metadata(_path("StreamEvents"), body, actor=None, trace_id=query.trace_id)
         call = self._call("StreamEvents")(body, metadata=metadata)
-        silence = _Silence(call, MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT)
+        silence = Silence(call, MISSED_HEARTBEATS * query.heartbeat_interval if query.follow else READ_TIMEOUT)
         try:
             while True:
                 try:
@@ -304,48 +303,6 @@ class SpriteServiceTransport:
             _heed(_text(trailers.get(PUSHBACK_TRAILER)), no_answer)
             return no_answer
         return TransportRefused(f"{self._target} refused with {code.name}: {error.details()}", details=details)
-
-
-class _Silence:
-    """Cancels a call that brings nothing for too long while somebody reads inside the block.
-
-    One timer for all of a stream's messages: `asyncio.timeout` around each took a fifth of what a follower does.
-    """
-
-    def __init__(self, call: Any, most: float) -> None:
-        self.most = most
-        """Seconds."""
-        self._call = call
-        self._since = math.inf
-        self._is_over = False
-        self._timer = asyncio.get_running_loop().call_later(most, self._check)
-
-    def __enter__(self) -> None:
-        self._since = time.monotonic()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._since = math.inf
-        if self._is_over and kind is asyncio.CancelledError and not _is_cancelled():
-            raise TimeoutError from error
-
-    def close(self) -> None:
-        self._timer.cancel()
-
-    def _check(self) -> None:
-        left = min(self._since + self.most - time.monotonic(), self.most)
-        if left > 0:
-            self._timer = asyncio.get_running_loop().call_later(left, self._check)
-        else:
-            self._is_over = True
-            self._call.cancel()
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody wants this task to end."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _channel(target: str, tls: TlsFiles | None, name: str | None) -> grpc.aio.Channel:
