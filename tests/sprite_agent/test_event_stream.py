@@ -29,6 +29,7 @@ from sprite_agent.errors import (
     RequestInvalid,
     ResumeTokenInvalid,
 )
+from sprite_agent.event_log import tail
 from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.event_log.reader import LogReader
@@ -663,12 +664,14 @@ async def test_appended_lines_arrive_without_inotify_too(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FolderWatch, "add", lambda *_: None)
+    monkeypatch.setattr(tail, "POLL", 6.0)
 
     async with subscribe(repo, follow=True) as follower:
         await follower.next()
         for count in range(1, 4):
             loop.append(numbered(1))
-            assert await follower.until_lines(count) == list(range(1, count + 1))
+            async with asyncio.timeout(4):  # ten times as often as where there is inotify
+                assert await follower.until_lines(count) == list(range(1, count + 1))
 
 
 async def test_appended_lines_arrive_faster_than_the_slow_poll_where_there_is_inotify(

@@ -381,8 +381,10 @@ async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: Lo
         await first.close()
         loop.append(numbered(3, 3))
         assert await last.until_lines(3) == [1, 2, 3]
+        (timer,) = [each._timer for each in repo._tails._tails.values()]  # noqa: SLF001
 
     assert repo._tails._tails == {}  # noqa: SLF001
+    assert timer is None or timer.cancelled()  # it may have gone off before
     assert open_logs() == 0
     assert repo._folders._followers == {}  # noqa: SLF001
 
