@@ -38,6 +38,9 @@ MAX_DOCUMENT_BYTES = 512 * 1024
 MAX_SUMMARY_BYTES = 8 * 1024 * 1024
 """run-summary.json grows by some 5 KB with each iteration; only its last entry goes into a snapshot."""
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""How they are opened."""
 _PIECE = 64 * 1024
 _MAX_READS = 6
 _REREAD_PAUSE = 0.02
@@ -107,19 +110,44 @@ class ArtifactFiles:
         finally:
             os.close(folder)
 
+    def status(self, path: str) -> os.stat_result | None:
+        """The status of the regular file at `path`, or None where there is nothing.
+
+        Raises:
+            ArtifactNotRegular: as `open`.
+        """
+        parent, _, name = path.rpartition("/")
+        folder = self.open_folder(parent)
+        if folder is None:
+            return None
+        try:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            self._check(status, os.fstat(folder).st_uid, path)
+        except FileNotFoundError:
+            return None
+        finally:
+            os.close(folder)
+        return status
+
     def _open_in(self, folder: int, name: str, path: str) -> int | None:
         owner = os.fstat(folder).st_uid
         try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            descriptor = os.open(name, _FILE, dir_fd=folder)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._refused(path, error) from error
-        fault = _why_refused(os.fstat(descriptor), owner)
-        if fault is not None:
+        try:
+            self._check(os.fstat(descriptor), owner, path)
+        except ArtifactNotRegular:
             os.close(descriptor)
-            raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})
+            raise
         return descriptor
+
+    def _check(self, status: os.stat_result, owner: int, path: str) -> None:
+        fault = _why_refused(status, owner)
+        if fault is not None:
+            raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})
 
     def open_folder(self, path: str) -> int | None:
         """A descriptor of the folder at `path`, or None where there is nothing. The caller closes it.
@@ -131,7 +159,7 @@ class ArtifactFiles:
         for part in path.split("/"):
             place = part if folder is not None else f"{self.repo}/{part}"
             try:
-                below = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                below = os.open(place, _FOLDER, dir_fd=folder)
             except FileNotFoundError:
                 return None
             except OSError as error:

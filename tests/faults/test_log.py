@@ -264,9 +264,10 @@ async def test_a_change_during_a_stream_is_told_by_its_reason_and_nothing_of_the
     note(f"during {transport.name}", told.value.reason, change)
 
 
+@pytest.mark.parametrize("follow", [True, False])
 @pytest.mark.parametrize(("change", "lost"), CHANGES)
 async def test_a_change_between_streams_is_told_by_its_reason(
-    transport: Transport, repo: LoopFiles, change: Callable[[LoopFiles], None], lost: type[OpsError]
+    transport: Transport, repo: LoopFiles, change: Callable[[LoopFiles], None], lost: type[OpsError], *, follow: bool
 ) -> None:
     """T13."""
     repo.append(LOG)
@@ -277,7 +278,7 @@ async def test_a_change_between_streams_is_told_by_its_reason(
     await asyncio.to_thread(change, repo)
 
     with pytest.raises(lost) as told:
-        async with following(transport, resume_token=token, follow=False) as resumed:
+        async with following(transport, resume_token=token, follow=follow) as resumed:
             await resumed.to_end()
     note(f"between {transport.name}", told.value.reason, change)
 

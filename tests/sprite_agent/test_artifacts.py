@@ -22,6 +22,7 @@ from sprite_agent.artifacts import (
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, EventsNotFound, LoopIdInvalid, LoopNotFound
 from sprite_agent.repo import Repo
+from support.following import come_to_rest
 from support.repos import LOOP, LoopFiles, event, line, put
 
 if TYPE_CHECKING:
@@ -153,6 +154,21 @@ async def test_a_link_in_place_of_a_folder_is_refused_by_a_stream(
 
     with pytest.raises(ArtifactNotRegular):
         [batch async for batch in repo.stream_events(EventQuery(loop_id=LOOP))]
+
+
+@pytest.mark.parametrize(
+    "component", [".superloop", ".superloop/loops", f".superloop/loops/{LOOP}", f".superloop/loops/{LOOP}/events.jsonl"]
+)
+async def test_a_link_to_the_very_log_that_was_read_is_refused_by_a_stream_that_resumes_at_its_end(
+    repo: Repo, loop: LoopFiles, component: str
+) -> None:
+    await come_to_rest(repo)
+    token = repo.read_loop(LOOP).resume_token
+    inside = loop.repo / component
+    move_out(inside, inside.with_name(f"{inside.name}.was"))
+
+    with pytest.raises(ArtifactNotRegular):
+        await anext(repo.stream_events(EventQuery(loop_id=LOOP, resume_token=token, follow=True)))
 
 
 def test_a_link_to_a_file_of_the_same_repo_is_refused_too(files: ArtifactFiles, loop: LoopFiles) -> None:

@@ -593,7 +593,9 @@ def test_a_log_that_has_not_changed_for_a_while_need_not_be_read_twice(log: Even
 
     assert view.end > log_index.READ_AGAIN_AT_ONCE
     assert view.is_sure
+    assert log.known() == view
     loop.append(numbered(1))
+    assert log.known() is None
     assert not log.refresh().is_sure
 
 
@@ -602,6 +604,7 @@ def test_a_log_that_has_just_changed_is_not_sure_to_be_what_was_read(log: EventL
     loop.log.touch()
 
     assert not log.refresh().is_sure
+    assert log.known() is None
 
 
 def test_a_log_that_is_changed_while_it_is_read_for_the_first_time_is_read_again(loop: LoopFiles) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprite_agent.artifacts import ArtifactFiles
 from sprite_agent.contract.json_text import OpenObject
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import (
@@ -35,7 +36,7 @@ from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.event_log.reader import LogReader
 from sprite_agent.event_log.records import MAX_RECORD_BYTES
 from sprite_agent.repo import Repo
-from support.following import Follower
+from support.following import Follower, come_to_rest
 from support.repos import LOOP, LoopFiles, event, line, lines
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ async def test_a_token_counts_more_than_a_line(repo: Repo, loop: LoopFiles) -> N
 @pytest.mark.parametrize("size", range(1, len(SPACED_LINES) + 2))
 async def test_every_batch_resumes_to_the_exact_remainder(repo: Repo, loop: LoopFiles, size: int) -> None:
     loop.append(SPACED)
+    await come_to_rest(repo)
     first = await replay(repo)
     found: list[int] = []
     token = None
@@ -660,6 +662,89 @@ async def test_a_place_in_a_small_log_is_found_at_once(repo: Repo, loop: LoopFil
     assert not waits
 
 
+async def resume_at_end(repo: Repo, loop: LoopFiles, place: str) -> EventQuery:
+    """Has the log hold 30 events, and asks for what comes after them."""
+    loop.append(numbered(30))
+    await come_to_rest(repo)
+    by = {"a line": {"after_line": 30}, "a token": {"resume_token": repo.read_loop(LOOP).resume_token}}
+    return EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=60.0, **by[place])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["a line", "a token"])
+async def test_the_end_of_a_log_that_has_not_changed_is_found_without_opening_it(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    query = await resume_at_end(repo, loop, place)
+    opened = 0
+    open_file = ArtifactFiles.open
+
+    def counting(files: ArtifactFiles, path: str) -> int | None:
+        nonlocal opened
+        opened += 1
+        return open_file(files, path)
+
+    monkeypatch.setattr(ArtifactFiles, "open", counting)
+    async with Follower(repo.stream_events(query)) as follower:
+        first = await follower.next()
+        assert not opened
+
+        loop.append(numbered(2, first=31))
+        assert await follower.until_lines(2) == [31, 32]
+
+    assert (first.events, first.skipped, first.caught_up) == ([], [], True)
+    assert first.cursor == {"eventLineOffset": 30, "eventLineCount": 30}
+    assert lines_of(await replay(repo, resume_token=first.resume_token)) == [31, 32]
+
+
+@pytest.mark.parametrize("place", ["a line", "a token"])
+async def test_what_has_come_since_the_end_of_a_log_was_known_is_in_the_first_batch(
+    repo: Repo, loop: LoopFiles, place: str
+) -> None:
+    query = await resume_at_end(repo, loop, place)
+    loop.append(numbered(2, first=31))
+
+    async with Follower(repo.stream_events(query)) as follower:
+        assert lines_of([await follower.next()]) == [31, 32]
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda loop: loop.rewrite(numbered(29) + numbered(1, first=99)), HistoryRewritten),
+        (lambda loop: loop.replace(numbered(30, first=31)), LogReplaced),
+        (lambda loop: loop.truncate(len(numbered(29))), LogTruncated),
+        (lambda loop: loop.log.unlink(), EventsNotFound),
+        (lambda loop: shutil.rmtree(loop.folder), LoopNotFound),
+    ],
+    ids=["rewritten", "replaced", "truncated", "removed", "all removed"],
+)
+async def test_a_log_that_has_changed_since_its_end_was_known_is_told_at_once(
+    repo: Repo, loop: LoopFiles, change: Callable[[LoopFiles], None], lost: type[OpsError]
+) -> None:
+    query = await resume_at_end(repo, loop, "a token")
+    change(loop)
+
+    async with Follower(repo.stream_events(query)) as follower:
+        with pytest.raises(lost):
+            await follower.next()
+
+
+@pytest.mark.parametrize("line_before", [2, 8], ids=["before it", "in it"])
+async def test_a_stream_that_begins_at_an_object_that_is_not_closed_yet_brings_it_once_it_is(
+    repo: Repo, loop: LoopFiles, line_before: int
+) -> None:
+    whole = lines(event("usage_check"))
+    loop.append(numbered(2), whole[:-2])
+    await come_to_rest(repo)
+
+    async with subscribe(repo, follow=True, after_line=line_before) as follower:
+        first = await follower.next()
+        assert first.caught_up
+        assert first.cursor == {"eventLineOffset": line_before, "eventLineCount": 8}
+        loop.append(whole[-2:])
+        assert await follower.until_lines(1) == [9]
+
+
 async def test_appended_lines_arrive_without_inotify_too(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -925,6 +1010,20 @@ async def test_streams_end_when_asked_to_each_with_where_to_resume(repo: Repo, l
             assert last.events == []
             assert last.cursor == {"eventLineOffset": 3, "eventLineCount": 3}
             assert lines_of(await replay(repo, resume_token=last.resume_token)) == []
+
+
+async def test_a_stream_that_is_to_end_as_it_begins_gives_its_first_batch_and_where_to_resume(
+    repo: Repo, loop: LoopFiles, tmp_path: Path
+) -> None:
+    """The agent may begin to drain while the log is opened."""
+    loop.append(numbered(MAX_BATCH_EVENTS + 1))
+    repo.end_streams()
+
+    batches = await replay(repo, follow=True)
+
+    assert lines_of(batches) == list(range(1, MAX_BATCH_EVENTS + 1))
+    with contextlib.closing(Repo(loop.repo, state_folder=tmp_path / "other", runtime=None)) as later:
+        assert lines_of(await replay(later, resume_token=batches[-1].resume_token)) == [MAX_BATCH_EVENTS + 1]
 
 
 async def test_streams_end_when_asked_to_without_inotify_too(

@@ -21,7 +21,7 @@ from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.repo import Repo
-from support.following import Follower
+from support.following import Follower, come_to_rest
 from support.repos import LOOP, LoopFiles, event, line
 from support.waiting import eventually
 
@@ -181,19 +181,21 @@ async def test_a_tail_goes_on_from_what_its_first_follower_has_seen(
         assert "newest_steps" in looks
 
 
+@pytest.mark.parametrize("begin", [0, 3], ids=["read", "at the end"])
 @pytest.mark.parametrize("change", ["appended", "rewritten", "replaced", "truncated"])
 async def test_what_changes_before_there_is_a_tail_is_found_all_the_same(
-    repo: Repo, loop: LoopFiles, change: str
+    repo: Repo, loop: LoopFiles, change: str, begin: int
 ) -> None:
     loop.append(numbered(1, 3))
-    await asyncio.sleep(0.1)  # likewise
-    async with follow(repo) as follower:
-        assert await follower.until_lines(3) == [1, 2, 3]  # and not asked for more: it has no tail yet
+    await come_to_rest(repo)
+    async with follow(repo, after_line=begin) as follower:
+        assert (await follower.next()).caught_up  # and not asked for more: it has no tail yet
+        assert follower.lines == list(range(begin + 1, 4))
         assert waiting(repo) == 0
 
         if change == "appended":
             loop.append(numbered(4, 4))
-            assert await follower.until_lines(4) == [1, 2, 3, 4]
+            assert (await follower.until_lines(4 - begin))[-1] == 4
             return
         if change == "rewritten":
             loop.rewrite(numbered(5, 7))

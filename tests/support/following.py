@@ -6,13 +6,25 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Self
 
-from support.waiting import DEADLINE
+from support.repos import LOOP
+from support.waiting import DEADLINE, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from types import TracebackType
 
     from sprite_agent.contract.streaming import EventBatch
+    from sprite_agent.repo import Repo
+
+
+async def come_to_rest(repo: Repo) -> None:
+    """Returns once it is known for certain what the log holds, as that was read after it had last changed."""
+
+    def is_known() -> bool:
+        repo.read_loop(LOOP)
+        return repo._log(LOOP).known() is not None  # noqa: SLF001  # nothing else tells
+
+    await eventually(is_known, "the log is known")
 
 
 class Follower:

@@ -159,11 +159,14 @@ class LogIndex:
 
     def is_at(self, view: LogView, file: tuple[int, int], stamp: Stamp) -> bool:
         """Whether what was read is what `view` saw, and all that this file (device, inode) with this stamp holds."""
-        return (
-            (file, stamp) == (self._file, self._stamp)
-            and (view.identity, view.ref["sizeBytes"]) == (self._identity, self._trail.end)
-            and stamp.size == self._trail.end
-        )
+        return self._is_all_of(file, stamp) and (view.identity, view.ref["sizeBytes"]) == (self._identity, stamp.size)
+
+    def is_sure_of(self, file: tuple[int, int], stamp: Stamp) -> bool:
+        """Whether what was read is all that this file with this stamp holds, for certain."""
+        return self._is_all_of(file, stamp) and self._rereading.covers(stamp)
+
+    def _is_all_of(self, file: tuple[int, int], stamp: Stamp) -> bool:
+        return (file, stamp) == (self._file, self._stamp) and stamp.size == self._trail.end
 
     def view(self) -> LogView:
         """What the log is like, after `advance` has said that all was read."""

@@ -69,6 +69,11 @@ class LogStamp(NamedTuple):
     """Device and inode."""
     content: Stamp
 
+    @classmethod
+    def of(cls, status: os.stat_result) -> LogStamp:
+        """The stamp in a status."""
+        return cls((status.st_dev, status.st_ino), Stamp.of(status))
+
 
 class EventLog:
     """The log of one loop. Lives as long as its reader's process; any thread may call.
@@ -127,10 +132,22 @@ class EventLog:
     def stamp(self) -> LogStamp | None:
         """What the file at the log's path looks like, in a few microseconds: a hint whether to look at it, no more."""
         try:
-            status = os.lstat(self._place)
+            return LogStamp.of(os.lstat(self._place))
         except OSError:
             return None
-        return LogStamp((status.st_dev, status.st_ino), Stamp.of(status))
+
+    def known(self) -> LogView | None:
+        """What the log is like, if that takes no look: it is, for certain, what was read before. None: look.
+
+        Raises:
+            ArtifactNotRegular
+        """
+        status = self._files.status(self.path)
+        if status is None or self._lock.locked():
+            return None
+        stamp = LogStamp.of(status)
+        with self._lock:
+            return self._index.view() if self._index.is_sure_of(stamp.file, stamp.content) else None
 
     def is_small(self) -> bool:
         """Whether all of it can be read in no time; see `is_quick`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import math
 import random
@@ -91,18 +90,25 @@ class _Stream:
     _token: str
     """Where the stream stands; and the line and the offset of that."""
     _position = START
+    _opening: Steps[None] | None = None
+    """The search for the place to begin at."""
     _opened: LogReader | None = None
     """None: not opened yet, or let go of."""
     _looking: Steps[None] | None = None
     """A look at the log that is under way."""
     _found: EventBatch | None = None
     """What the last turn has made, until it is given out."""
-    _first_fault: EventMalformed | None = None
-    """The malformed record after the first batch, which is made as soon as the log is open."""
+    _fault: EventMalformed | None = None
+    """The malformed record that the stream ends with, after that."""
+    _has_read = False
+    """Whether everything was read up to the file's end, or as much as is wanted."""
+    _number: int | None = None
+    """Of the tail's next portion, while it is followed."""
+    _turn_seen = 0
+    """The turn of the tail in which there was no more."""
     _caught_up = False
     _told_so = False
     """Whether the last batch has said that all was sent."""
-    _has_begun = False
 
     def __init__(self, log: EventLog, query: EventQuery, repo: str, end: StreamEnd, *, raw: bool) -> None:
         self._log = log
@@ -117,9 +123,10 @@ class _Stream:
 
     def close(self) -> None:
         """Closes the descriptor."""
-        if self._looking is not None:
-            self._looking.close()
-            self._looking = None
+        for steps in (self._opening, self._looking):
+            if steps is not None:
+                steps.close()
+        self._opening = self._looking = None
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -129,42 +136,67 @@ class _Stream:
     ) -> AsyncGenerator[EventBatch]:
         """Batches until the query is satisfied."""
         tail: Tail | None = None
-        turn = 0
         try:
-            async with contextlib.aclosing(self._open(workers, before_waiting)) as beats:
-                async for beat in beats:
-                    yield beat
-            if self._opened is None:
+            while await self._open(workers, before_waiting):
+                yield self._given()
+            if self._found is None:
                 return
-            while not self._is_over():
-                async with contextlib.aclosing(self._read(workers)) as batches:
-                    with contextlib.suppress(StopAsyncIteration):
-                        while True:
-                            yield await anext(batches)
+            yield self._given()
+            while True:
+                while await self._read(workers):
+                    yield self._given()
                 if self._sent_enough() or not self._query.follow:
                     return
                 if self._is_over():
                     break
                 tail = tail or tails.follow(self._log, self._view)
-                await tail.wait(turn, self._patience())
-                if not self._query.max_events:  # else a portion of the tail may be more than is wanted
-                    async with contextlib.aclosing(self._follow(tail, workers)) as batches:
-                        with contextlib.suppress(StopAsyncIteration):
-                            while True:
-                                yield await anext(batches)
-                turn = tail.turn
+                while await self._follow(tail, workers):
+                    yield self._given()
             yield self._bookmark()
         finally:
             self.close()
             if tail is not None:
                 tails.leave(self._log)
 
-    async def _read(self, workers: Workers) -> AsyncGenerator[EventBatch]:
-        """What the file holds from where the stream stands, up to its end."""
+    async def _open(self, workers: Workers, before_waiting: Callable[[], Awaitable[None]]) -> bool:
+        """Finds the place to begin at, and makes the first batch.
+
+        True: a large log is still being read, and there is a batch that says so, as the place can be said before.
+        """
+        token, line = self._query.resume_token, self._query.after_line
+        start = START_TOKEN if token is None else parse_token(token)
+        if self._opening is None:
+            if self._begins_at_end():
+                return False
+            opening = self._opening = self._open_steps()
+            if self._log.is_small() and not goes_on(opening):
+                return False
+            await before_waiting()
+        opening = self._opening
+        while not self._is_over() and await workers.run(lambda: goes_on(opening)):
+            if self._silence() <= 0 and (token or not line):
+                self._found = EventBatch(
+                    events=[],
+                    cursor={
+                        "eventLineOffset": start.position.line,
+                        "eventLineCount": max(start.position.line, self._log.lines_read),
+                    },
+                    resume_token=str(start),
+                    caught_up=False,
+                    skipped=[],
+                    emitted_at=clock.now(),
+                )
+                return True
+        return False
+
+    async def _read(self, workers: Workers) -> bool:
+        """Makes a batch of what the file holds from where the stream stands. False: there is no more, or enough."""
+        if self._fault is not None:
+            raise self._fault
         losses = 0
-        while True:
+        while not self._has_read and not self._is_over():
             try:
-                fault = await workers.run(self._turn) if self._has_begun else self._first_fault
+                self._fault = await workers.run(self._turn)
             except (EventsNotFound, LoopNotFound, LogTruncated):
                 # Whoever removes a log or cuts it off may be about to write it anew: what is there then decides.
                 losses += 1
@@ -173,67 +205,61 @@ class _Stream:
                 await asyncio.sleep(_LOSS_PAUSE)
                 continue
             losses = 0
-            if not self._has_begun or self._says_something() or self._silence() <= 0:
-                self._has_begun = True
-                yield self._given()
-            if fault is not None:
-                raise fault
-            if self._caught_up or self._sent_enough() or self._is_over():
-                return
+            self._has_read = self._caught_up or self._sent_enough()
+            if self._says_something() or self._silence() <= 0:
+                return True
+            if self._fault is not None:
+                raise self._fault
+        self._has_read = False
+        return False
 
-    async def _follow(self, tail: Tail, workers: Workers) -> AsyncGenerator[EventBatch]:
-        """Gives out what the tail brings, for as long as it can be had from there."""
-        number = tail.number_of(self._view, self._position.offset)
-        if number is None:
-            return
-        self.close()
-        while not self._is_over() and tail.view is not None and (news := tail.news(number)) is not None:
-            turn, number, self._view, self._caught_up = tail.turn, news.next_number, tail.view, news.at_end
+    async def _follow(self, tail: Tail, workers: Workers) -> bool:
+        """Waits for what the tail brings, and makes a batch of it. False: it can't be had from there."""
+        await tail.wait(self._turn_seen, self._patience())
+        number = self._number_in(tail)
+        while number is not None and not self._is_over() and tail.view is not None and (news := tail.news(number)):
+            number = self._number = news.next_number
+            self._view, self._caught_up = tail.view, news.at_end
+            self._turn_seen = tail.turn if news.at_end or news.end is None else -1
             if news.end is not None:
                 self._position, self._token = news.end, news.token
             if news.batch is not None:
                 self._last_line = news.batch.cursor["eventLineOffset"]
                 self._sent += news.batch.event_count
-                self._heard_at, self._told_so = time.monotonic(), news.at_end
-                yield news.batch if self._raw else await workers.run(functools.partial(self._built, news.batch))
-                if news.at_end:
-                    del news  # large, maybe
-                    await tail.wait(turn, self._patience())
-            elif self._silence() <= 0 or (self._caught_up and not self._told_so):
-                self._heard_at, self._told_so = time.monotonic(), self._caught_up
-                yield self._bookmark()
-            elif news.end is None:
-                await tail.wait(turn, self._patience())
+                self._found = news.batch if self._raw else await workers.run(functools.partial(self._built, news.batch))
+                return True
+            if self._silence() <= 0 or (self._caught_up and not self._told_so):
+                self._found = self._bookmark()
+                return True
+            await tail.wait(self._turn_seen, self._patience())
+        self._number, self._turn_seen = None, tail.turn
+        return False
+
+    def _number_in(self, tail: Tail) -> int | None:
+        """The number of the tail's portion to go on with, if it has that: then the file is let go of."""
+        if self._number is None and not self._query.max_events:  # else a portion may be more than is wanted
+            self._number = tail.number_of(self._view, self._position.offset)
+            if self._number is not None:
+                self.close()
+        return self._number
 
     def _built(self, batch: EventBatch) -> EventBatch:
         """The same with events instead of raw ones."""
         builder = self._builder(batch.emitted_at)
         return replace(batch, events=[event for raw in batch.raw_events for event in builder.whole(raw)], raw_events=[])
 
-    async def _open(
-        self, workers: Workers, before_waiting: Callable[[], Awaitable[None]]
-    ) -> AsyncGenerator[EventBatch]:
-        """Finds the place to start from. Beats while a large log is read, if the place can be said before."""
-        token, line = self._query.resume_token, self._query.after_line
-        start = START_TOKEN if token is None else parse_token(token)
-        with contextlib.closing(self._open_steps()) as opening:
-            if self._log.is_small() and not goes_on(opening):
-                return
-            await before_waiting()
-            while not self._is_over() and await workers.run(lambda: goes_on(opening)):
-                if self._silence() <= 0 and (token or not line):
-                    self._heard_at = time.monotonic()
-                    yield EventBatch(
-                        events=[],
-                        cursor={
-                            "eventLineOffset": start.position.line,
-                            "eventLineCount": max(start.position.line, self._log.lines_read),
-                        },
-                        resume_token=str(start),
-                        caught_up=False,
-                        skipped=[],
-                        emitted_at=clock.now(),
-                    )
+    def _begins_at_end(self) -> bool:
+        """Whether there is nothing to read at first, as far as is known without a look at the log."""
+        query, view = self._query, self._log.known()
+        if view is None:
+            return False
+        end, token = view.token.position, str(view.token)
+        if query.after_line != end.line if query.resume_token is None else query.resume_token != token:
+            return False
+        self._view, self._position, self._token, self._last_line = view, end, token, end.line
+        self._caught_up = self._has_read = True
+        self._found = self._bookmark()
+        return True
 
     def _open_steps(self) -> Steps[None]:
         token, line = self._query.resume_token, self._query.after_line
@@ -241,7 +267,8 @@ class _Stream:
         self._opened, self._view = yield from steps
         if token is not None:
             self._last_line = self._opened.position.line
-        self._found, self._first_fault = self._next_batch()
+        self._found, self._fault = self._next_batch()
+        self._has_read = self._caught_up or self._sent_enough()
 
     def _silence(self) -> float:
         """Seconds until something is to be said, were it only that there is nothing."""
