@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from sprite_agent.callers import CALLER, CERTIFICATE_NAMES
+from sprite_agent.callers import CALLER, CERTIFICATE_NAMES, Caller
 from sprite_agent.errors import NotAuthenticated, OpsError, RequestUndecodable
 from sprite_agent.face.access import check_control
 from sprite_agent.face.answers import Answer, meet
@@ -86,24 +85,25 @@ class Auth(grpc.aio.ServerInterceptor):
 
         return answer_async if inspect.iscoroutinefunction(handler.unary_unary) else answer
 
-    def _streaming(self, handler: Any, call: Call) -> Callable[[bytes, Any], AsyncIterator[Any]]:
-        async def answers(content: bytes, context: Any) -> AsyncIterator[Any]:
+    def _streaming(self, handler: Any, call: Call) -> Callable[[bytes, Any], Awaitable[None]]:
+        async def answer(content: bytes, context: Any) -> None:
             try:
                 request = self._admitted(call, content, handler.request_deserializer)
-                async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
-                    async for response in responses:
-                        try:
-                            self._access.check_still(call, CALLER.get().proof)
-                        except OpsError as error:
-                            self._tell(error)
-                            with contextlib.suppress(StopAsyncIteration):
-                                await responses.athrow(error)  # the handler has its answer: one call, counted once
-                            return
-                        yield response
             except Exception as error:  # noqa: BLE001  # likewise
                 self._refuse(call.method, error, context)
+                return
+            async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
+                async for response in responses:
+                    try:
+                        self._access.check_still(call, CALLER.get().proof)
+                    except Exception as error:  # noqa: BLE001  # likewise
+                        self._tell(error)
+                        with contextlib.suppress(StopAsyncIteration):
+                            await responses.athrow(error)  # the handler has its answer: one call, counted once
+                        return
+                    await context.write(response)
 
-        return answers
+        return answer
 
     def _admitted(self, call: Call, content: bytes, decode: Callable[[bytes], Any]) -> Any:
         """The request, once it is known who sent it and that they may; CALLER says who.
@@ -111,12 +111,13 @@ class Auth(grpc.aio.ServerInterceptor):
         Raises:
             SignatureRefused, ScopeMissing, ActorInvalid, RequestUndecodable
         """
+        address = CALLER.get().address
         if call.token is not None:
-            CALLER.set(replace(CALLER.get(), identity=f"token:{call.token.id}"))
+            CALLER.set(Caller(identity=f"token:{call.token.id}", address=address))
         admission = self._access.admit(call, content, CERTIFICATE_NAMES.get())
         proof = admission.proof
         if proof is not None:
-            CALLER.set(replace(CALLER.get(), identity=f"manager:{proof.issuer}", proof=proof))
+            CALLER.set(Caller(identity=f"manager:{proof.issuer}", address=address, proof=proof))
         try:
             request = decode(content)
         except DecodeError as error:
@@ -129,11 +130,11 @@ class Auth(grpc.aio.ServerInterceptor):
         name = method.rpartition("/")[2]
         lines = self._strangers_lines if isinstance(error, NotAuthenticated) else None
         Answer(name, None, self._metrics, lines=lines).fail(error, context)
-        if isinstance(error, OpsError):
-            self._tell(error)
+        self._tell(error)
 
-    def _tell(self, refusal: OpsError) -> None:
-        self._on_refusal(refusal.reason, CALLER.get().identity)
+    def _tell(self, error: Exception) -> None:
+        if isinstance(error, OpsError):
+            self._on_refusal(error.reason, CALLER.get().identity)
 
     def _refusing(self, handler: Any, method: str, error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
         """A handler that only refuses. It reads nothing, so the answer does not wait for the request either."""

@@ -7,7 +7,6 @@ whose stream ends without one is never answered.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,8 @@ class Intake(grpc.aio.ServerInterceptor):
     """Makes handlers of single requests out of handlers that read them. The outermost of a server's interceptors.
 
     A handler that reads for itself goes on doing so: with one, a call can be refused before
-    anything of its request has come. Bytes that are no message end what is read.
+    anything of its request has come. Bytes that are no message end what is read. Handlers of
+    streams are coroutines that write for themselves.
 
     Plain handlers run in `pool`, as they would in the server's own. Their context is that of
     coroutines: they have to set a status, not abort.
@@ -70,13 +70,10 @@ class Intake(grpc.aio.ServerInterceptor):
         return made
 
     def _single(self, method: str, handler: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-        async def answer(requests: AsyncIterator[Any], context: Any) -> Any:
-            meet(context)
-            refused = Answer(method, None, self._metrics, lines=self._lines)
-            try:
-                request = await _arrival(requests)
-            except RequestUndecodable as refusal:
-                return refused.fail(refusal, context)
+        async def answer(_requests: AsyncIterator[Any], context: Any) -> Any:
+            request = await self._arrival(method, context)
+            if request is None:
+                return None
             if inspect.iscoroutinefunction(handler):
                 return await handler(request, context)
             work = contextvars.copy_context()
@@ -84,23 +81,29 @@ class Intake(grpc.aio.ServerInterceptor):
 
         return answer
 
-    def _streaming(self, method: str, handler: Callable[..., Any]) -> Callable[..., Any]:
-        async def answers(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            meet(context)
-            refused = Answer(method, None, self._metrics, lines=self._lines)
-            try:
-                request = await _arrival(requests)
-            except RequestUndecodable as refusal:
-                refused.fail(refusal, context)
-                return
-            if inspect.iscoroutinefunction(handler):
-                await handler(request, context)  # it writes for itself, as the health service does
-                return
-            async with contextlib.aclosing(handler(request, context)) as responses:
-                async for response in responses:
-                    yield response
+    def _streaming(self, method: str, handler: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def answer(_requests: AsyncIterator[Any], context: Any) -> None:
+            request = await self._arrival(method, context)
+            if request is not None:
+                await handler(request, context)
 
-        return answers
+        return answer
+
+    async def _arrival(self, method: str, context: Any) -> Any:
+        """The request, decoded; None: none has come, or not in time, and the call has its answer."""
+        meet(context)
+        answer = Answer(method, None, self._metrics, lines=self._lines)
+        try:
+            async with asyncio.timeout(ARRIVAL_TIMEOUT):
+                request = await context.read()
+        except TimeoutError:
+            refusal = RequestUndecodable(f"no whole request has come within {ARRIVAL_TIMEOUT:.0f} s")
+        else:
+            if request is not grpc.aio.EOF:
+                return request
+            refusal = RequestUndecodable("the call has ended without a whole request of this method")
+        answer.fail(refusal, context)
+        return None
 
 
 def _or_end(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -113,18 +116,3 @@ def _or_end(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return grpc.aio.EOF
 
     return decode_or_end
-
-
-async def _arrival(requests: AsyncIterator[Any]) -> Any:
-    """The request, decoded.
-
-    Raises:
-        RequestUndecodable: none has come, or not in time.
-    """
-    try:
-        async with asyncio.timeout(ARRIVAL_TIMEOUT):
-            return await anext(requests)
-    except StopAsyncIteration as error:
-        raise RequestUndecodable("the call has ended without a whole request of this method") from error
-    except TimeoutError as error:
-        raise RequestUndecodable(f"no whole request has come within {ARRIVAL_TIMEOUT:.0f} s") from error
