@@ -49,8 +49,6 @@ class FolderWatch:
         """Tells `changes` from now on when the folder changes. Gives a number for `remove`; None: it can't be."""
         if not sys.platform.startswith("linux"):
             return None
-        from inotify_simple import INotify, flags  # noqa: PLC0415  # there is none elsewhere
-
         try:
             folder = open_folder()
         except OpsError:
@@ -58,13 +56,9 @@ class FolderWatch:
         if folder is None:
             return None
         try:
-            if self._inotify is None:
-                self._inotify = INotify(nonblocking=True)
-                self._mask = flags.MODIFY | flags.CREATE | flags.DELETE | flags.MOVED_TO | flags.MOVED_FROM
-                self._loop = asyncio.get_running_loop()
-                self._loop.add_reader(self._inotify.fileno(), self._wake)
+            inotify = self._inotify or self._begun()
             # By its descriptor: a path could lead elsewhere by now.
-            watch = int(self._inotify.add_watch(f"/proc/self/fd/{folder}", self._mask))
+            watch = int(inotify.add_watch(f"/proc/self/fd/{folder}", self._mask))
         except OSError:
             return None  # the system's limit is reached: polling does
         finally:
@@ -79,6 +73,15 @@ class FolderWatch:
         if not followers and self._followers.pop(watch, None) is not None and self._inotify is not None:
             with contextlib.suppress(OSError):  # the folder itself is gone, and the watch with it
                 self._inotify.rm_watch(watch)
+
+    def _begun(self) -> INotify:
+        from inotify_simple import INotify, flags  # noqa: PLC0415  # there is none elsewhere
+
+        self._inotify = INotify(nonblocking=True)
+        self._mask = flags.MODIFY | flags.CREATE | flags.DELETE | flags.MOVED_TO | flags.MOVED_FROM
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._inotify.fileno(), self._wake)
+        return self._inotify
 
     def _wake(self) -> None:
         """Tells who watches what has changed."""

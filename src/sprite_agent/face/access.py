@@ -105,8 +105,13 @@ class Access:
         Raises:
             TokenMissing, TokenInvalid: it has not the token it needs.
         """
-        pairs = [(key, str(value)) for key, value in metadata]
-        given = [value for key, value in pairs if key == "authorization"]
+        given: list[str] = []
+        signatures: list[str] = []
+        for key, value in metadata:
+            if key == "authorization":
+                given.append(str(value))
+            elif key == SIGNATURE_KEY:
+                signatures.append(str(value))
         scheme, _, text = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         bearer = text if scheme.lower() == _SCHEME else None
         token = None
@@ -117,8 +122,7 @@ class Access:
                 token = self._credentials.in_force().find_token(bearer, self._now())
             if token is None:
                 raise TokenInvalid("the bearer token is not this agent's")
-        signatures = tuple(value for key, value in pairs if key == SIGNATURE_KEY)
-        return Call(method=method, bearer=bearer, token=token, signatures=signatures)
+        return Call(method=method, bearer=bearer, token=token, signatures=tuple(signatures))
 
     def check_unsigned(self, call: Call) -> None:
         """Returns if a call may be made of which there are no bytes to sign: it sends a stream of requests.

@@ -93,7 +93,8 @@ class AgentMetrics:
 
     def sent(self, *, events: int, skipped: int) -> None:
         """Counts what a batch carried."""
-        self._events.inc(events)
+        if events:
+            self._events.inc(events)
         if skipped:
             self._skipped.inc(skipped)
 
