@@ -47,7 +47,7 @@ async def subscribe(
     while True:
         before = received
         try:
-            async with contextlib.aclosing(transport.events(replace(query, resume_token=token))) as batches:
+            async with contextlib.aclosing(transport.events(query)) as batches:
                 async for batch in batches:
                     retries.progress()
                     received += len(batch.events)
@@ -69,5 +69,4 @@ async def subscribe(
             fruitless = fruitless + 1 if received == before else 0
             if fruitless:
                 await asyncio.sleep(policy.backoff(fruitless, None))
-        if wanted:
-            query = replace(query, max_events=wanted - received)
+        query = replace(query, resume_token=token, max_events=wanted and wanted - received)
