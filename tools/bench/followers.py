@@ -16,7 +16,7 @@ from sprite_agent.contract.streaming import EventQuery
 from tools.bench.readers import Tally, tally
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from opsmgr.fleet.slots import Slot
     from sprite_agent.contract.streaming import EventBatch
@@ -50,13 +50,14 @@ class Followers:
 
     def __init__(self, places: Sequence[Place], slots: int) -> None:
         self._slots = Slots(slots) if slots else None
-        self.each = [_Follower(place) for place in places]
+        self._behind = len(places)
+        self._caught_up = asyncio.Event()
+        self.each = [_Follower(place, self._count) for place in places]
         self._tasks = [asyncio.create_task(follower.run(self._slots)) for follower in self.each]
 
     async def caught_up(self) -> None:
         """Returns once all of them have come to the end of their log."""
-        pending = [follower.caught_up.wait() for follower in self.each]
-        await _unless_failed(self._tasks, asyncio.gather(*pending))
+        await _unless_failed(self._tasks, self._caught_up.wait())
 
     async def received(self, lines: int) -> None:
         """Returns once each has got so many events."""
@@ -66,6 +67,12 @@ class Followers:
                 await asyncio.sleep(_LOOK)
 
         await _unless_failed(self._tasks, all_here())
+
+    def _count(self) -> None:
+        """One more has caught up. Counted, as something to wait for in each would be measured with the streams."""
+        self._behind -= 1
+        if not self._behind:
+            self._caught_up.set()
 
     async def close(self) -> None:
         """Ends them."""
@@ -90,7 +97,9 @@ class _Follower:
     """One stream, and what came by it."""
 
     place: Place
-    caught_up: asyncio.Event = field(default_factory=asyncio.Event)
+    on_caught_up: Callable[[], None]
+    """Called once."""
+    has_caught_up: bool = False
     numbers: array[int] = field(default_factory=lambda: array("q"))
     """Lines that came. No list: its integers, thousands for each stream, would pass for memory of the manager."""
     written: array[int] = field(default_factory=lambda: array("q"))
@@ -116,8 +125,9 @@ class _Follower:
                 if "at" in (payload := event["event"]["payload"] or {}):
                     self.written.append(payload["at"])
                     self.here.append(now)
-            if caught_up := batch.caught_up:
-                self.caught_up.set()
+            if (caught_up := batch.caught_up) and not self.has_caught_up:
+                self.has_caught_up = True
+                self.on_caught_up()
             del batch
             if slots is not None:
                 slot = await _metered(slots, slot, caught_up=caught_up)
