@@ -122,7 +122,7 @@ class ArtifactFiles:
             return None
         try:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            self._check(status, os.fstat(folder).st_uid, path)
+            self._check(status, folder, path)
         except FileNotFoundError:
             return None
         finally:
@@ -130,7 +130,6 @@ class ArtifactFiles:
         return status
 
     def _open_in(self, folder: int, name: str, path: str) -> int | None:
-        owner = os.fstat(folder).st_uid
         try:
             descriptor = os.open(name, _FILE, dir_fd=folder)
         except FileNotFoundError:
@@ -138,14 +137,14 @@ class ArtifactFiles:
         except OSError as error:
             raise self._refused(path, error) from error
         try:
-            self._check(os.fstat(descriptor), owner, path)
+            self._check(os.fstat(descriptor), folder, path)
         except ArtifactNotRegular:
             os.close(descriptor)
             raise
         return descriptor
 
-    def _check(self, status: os.stat_result, owner: int, path: str) -> None:
-        fault = _why_refused(status, owner)
+    def _check(self, status: os.stat_result, folder: int, path: str) -> None:
+        fault = _why_refused(status, folder)
         if fault is not None:
             raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})
 
@@ -293,14 +292,14 @@ class _KeptFolders(ArtifactFiles):
                 os.close(folder)
 
 
-def _why_refused(status: os.stat_result, owner: int) -> str | None:
-    """Why a file in a folder of `owner` is not read; None: it is.
+def _why_refused(status: os.stat_result, folder: int) -> str | None:
+    """Why a file in the folder open as `folder` is not read; None: it is.
 
     Whoever may write to the folder could make a second name of a file there that it can't read itself.
     """
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"
-    if status.st_nlink > 1 and status.st_uid != owner:
+    if status.st_nlink > 1 and status.st_uid != os.fstat(folder).st_uid:
         return "belongs to another user than its folder, and has another name"
     return None
 

@@ -29,7 +29,10 @@ from sprite_agent.errors import (
     SignatureMissing,
     TokenInvalid,
 )
-from sprite_agent.face.credential_files import CredentialSources
+from sprite_agent.face.access import Access
+from sprite_agent.face.credential_files import CredentialFiles, CredentialSources
+from sprite_agent.face.credential_text import token_line
+from sprite_agent.face.credentials import new_token
 from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.face.tls import TlsFiles
 from sprite_agent.repo import Repo
@@ -174,9 +177,6 @@ async def test_token_and_key_both_have_to_allow_it(config: ServeConfig, waiting:
 
 
 async def test_nobody_can_tell_an_unknown_token_from_a_wrong_or_an_old_one(config: ServeConfig, tmp_path: Path) -> None:
-    from sprite_agent.face.credential_text import token_line  # noqa: PLC0415  # for this one
-    from sprite_agent.face.credentials import new_token  # noqa: PLC0415  # likewise
-
     old, entry = new_token("old", ["read"], until=1.0)
     put(tmp_path / "tokens", f"{token_line(entry)}\n".encode(), mode=0o600)
     refusals = []
@@ -321,6 +321,20 @@ async def test_a_stream_ends_when_what_it_was_opened_with_is_revoked(
 
     assert type(refusal_of(caught.value)) is refused
     assert seen == 1
+
+
+def test_a_stream_ends_when_the_time_of_its_token_is_over(tmp_path: Path) -> None:
+    text, entry = new_token("t1", ["read"], until=60.0)
+    put(tmp_path / "tokens", f"{token_line(entry)}\n".encode(), mode=0o600)
+    now = [0.0]
+    access = Access(CredentialFiles(CredentialSources(token_file=tmp_path / "tokens")), now=lambda: now[0])
+    call = access.identify(STREAM, metadata(text))
+    access.check_still(call, None)
+
+    now[0] = 61.0
+
+    with pytest.raises(TokenInvalid):
+        access.check_still(call, None)
 
 
 async def test_a_stream_goes_on_while_other_credentials_change(

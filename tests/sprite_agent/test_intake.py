@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from sprite_agent.contract.error_details import from_status
 from sprite_agent.errors import RequestUndecodable, TokenMissing
+from sprite_agent.face.intake import _Arrivals
 from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.quota import PER_MINUTE, Quota
 from sprite_agent.v1 import service_pb2 as pb
@@ -91,6 +92,50 @@ async def test_a_request_that_does_not_come_in_time_is_refused(
 
     assert isinstance(refused, RequestUndecodable)
     assert "no whole request has come within" in refused.message
+
+
+async def test_requests_that_are_late_are_refused_each_in_its_time_and_those_that_came_go_on(
+    soon: None, agent: Agent, repo: LoopFiles, peer: Http2Peer
+) -> None:
+    following = peer.begin(f"/{SERVICE_NAME}/StreamEvents", agent.metadata)
+    peer.data(following, message(pb.StreamEventsRequest(loop_id=LOOP, follow=True).SerializeToString()), end=True)
+    await peer.until(lambda: bool(peer.answers[following].body))
+
+    late = [peer.begin(GET_INFO, agent.metadata)]
+    await asyncio.sleep(0.1)  # the next has still to wait when the first is refused
+    late.append(peer.begin(GET_INFO, agent.metadata))
+    await peer.answer(late[0])
+    assert not peer.is_over(late[1])
+    await peer.answer(late[1])
+    late.append(peer.begin(GET_INFO, agent.metadata))  # nobody has waited meanwhile
+    await peer.answer(late[2])
+
+    assert all("no whole request has come within" in refusal(peer.answers[each]).message for each in late)
+    told = len(peer.answers[following].body)
+    repo.append(line(event()))
+    await peer.until(lambda: len(peer.answers[following].body) > told)
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+async def test_a_call_that_is_to_end_while_its_request_is_waited_for_ends(soon: None, *, is_late: bool) -> None:
+    class Call:
+        """One whose request does not come."""
+
+        async def read(self) -> None:
+            """Waits for ever; what ends that ends more."""
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                if is_late:
+                    waiting.cancel()
+
+    waiting = asyncio.ensure_future(_Arrivals().of(Call()))
+    if not is_late:
+        await asyncio.sleep(0)
+        waiting.cancel()
+    await asyncio.wait({waiting})
+
+    assert waiting.cancelled()
 
 
 async def test_a_request_that_comes_byte_by_byte_is_answered(agent: Agent, repo: LoopFiles, peer: Http2Peer) -> None:

@@ -414,6 +414,23 @@ async def test_somebody_elses_look_takes_nothing_from_the_followers(
             assert await follower.until_lines(29) == list(range(1, 30))
 
 
+@pytest.mark.parametrize("begin", [0, 3], ids=["read", "at the end"])
+async def test_somebody_elses_look_takes_nothing_from_a_tail_that_has_not_looked_yet(
+    repo: Repo, loop: LoopFiles, begin: int
+) -> None:
+    loop.append(numbered(1, 3))
+    await come_to_rest(repo)
+    async with follow(repo, after_line=begin) as follower:
+        await follower.next()
+        asking = asyncio.ensure_future(follower.until_lines(4 - begin))
+        await eventually(lambda: waiting(repo) == 1, "it waits for what comes")
+
+        loop.append(numbered(4, 4))
+        repo.read_loop(LOOP)
+
+        assert (await asking)[-1] == 4
+
+
 async def test_the_token_of_every_batch_of_the_tail_resumes_to_the_exact_remainder(repo: Repo, loop: LoopFiles) -> None:
     async with following(repo, loop, 1) as (follower,):
         for number in range(3, 20):

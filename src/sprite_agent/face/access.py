@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sprite_agent.callers import Proof
     from sprite_agent.contract.proofs import TrustedKey
     from sprite_agent.face.credential_files import CredentialFiles
-    from sprite_agent.face.credentials import Requirement, Token
+    from sprite_agent.face.credentials import Credentials, Requirement, Token
 
 CONTROL_METHOD = "/sprite_agent.v1.SpriteAgentService/ExecuteControl"
 """The one that needs more than to read."""
@@ -51,6 +51,8 @@ class Call:
     token: Token | None
     """What the bearer token was found to be; None: none is needed."""
     signatures: tuple[str, ...] = field(repr=False)
+    credentials: Credentials = field(repr=False)
+    """Those in force then."""
 
     @property
     def is_control(self) -> bool:
@@ -115,14 +117,15 @@ class Access:
         scheme, _, text = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         bearer = text if scheme.lower() == _SCHEME else None
         token = None
+        credentials = self._credentials.in_force()
         if self._credentials.sources.need_token:
             if not given:
                 raise TokenMissing("no bearer token came with the call; send metadata 'authorization: Bearer <token>'")
             if bearer is not None:
-                token = self._credentials.in_force().find_token(bearer, self._now())
+                token = credentials.find_token(bearer, self._now())
             if token is None:
                 raise TokenInvalid("the bearer token is not this agent's")
-        return Call(method=method, bearer=bearer, token=token, signatures=tuple(signatures))
+        return Call(method=method, bearer=bearer, token=token, signatures=tuple(signatures), credentials=credentials)
 
     def check_unsigned(self, call: Call) -> None:
         """Returns if a call may be made of which there are no bytes to sign: it sends a stream of requests.
@@ -161,7 +164,7 @@ class Access:
             TokenInvalid, SignatureKeyUnknown, SignatureKeyExpired, ScopeMissing
         """
         found, now = self._credentials.in_force(), self._now()
-        if call.token is not None:
+        if call.token is not None and not (found is call.credentials and call.token.is_valid(now)):
             same = [token for token in found.tokens if token.digest == call.token.digest and token.is_valid(now)]
             if not same:
                 raise TokenInvalid("the bearer token is no longer this agent's")

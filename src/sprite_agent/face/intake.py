@@ -44,6 +44,7 @@ class Intake(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         # Whose requests are refused here is not known yet, and strangers must not be able to fill the disk with lines.
         self._lines = Quota()
+        self._arrivals = _Arrivals()
 
     async def intercept_service(
         self,
@@ -94,8 +95,7 @@ class Intake(grpc.aio.ServerInterceptor):
         meet(context)
         answer = Answer(method, None, self._metrics, lines=self._lines)
         try:
-            async with asyncio.timeout(ARRIVAL_TIMEOUT):
-                request = await context.read()
+            request = await self._arrivals.of(context)
         except TimeoutError:
             refusal = RequestUndecodable(f"no whole request has come within {ARRIVAL_TIMEOUT:.0f} s")
         else:
@@ -104,6 +104,48 @@ class Intake(grpc.aio.ServerInterceptor):
             refusal = RequestUndecodable("the call has ended without a whole request of this method")
         answer.fail(refusal, context)
         return None
+
+
+class _Arrivals:
+    """Waits for requests, for each no longer than it may take.
+
+    All may take equally long, so who waits longest is late first, and one timer does for all: that of `asyncio.timeout`
+    for each was a twentieth of what the agent does to open a stream.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[asyncio.Task[Any] | None, float] = {}
+        """Who waits, and until when; in this order."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def of(self, context: Any) -> Any:
+        """The request of a call, decoded; EOF: it has ended without.
+
+        Raises:
+            TimeoutError
+        """
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        self._until[task] = loop.time() + ARRIVAL_TIMEOUT
+        self._timer = self._timer or loop.call_later(ARRIVAL_TIMEOUT, self._end_late)
+        try:
+            return await context.read()
+        except asyncio.CancelledError as error:
+            if task is None or task in self._until or task.uncancel():
+                raise  # somebody else wants it to end
+            raise TimeoutError from error
+        finally:
+            self._until.pop(task, None)
+
+    def _end_late(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        for task, until in tuple(self._until.items()):
+            if until > loop.time():
+                self._timer = loop.call_at(until, self._end_late)
+                return
+            del self._until[task]
+            if task is not None:
+                task.cancel()
 
 
 def _or_end(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
