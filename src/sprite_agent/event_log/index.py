@@ -113,6 +113,11 @@ class LogIndex:
         """Bytes that were read so far."""
         return self._trail.end
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether the file held what was read, for certain, when it was looked at last."""
+        return self._stamp is not None and self._rereading.covers(self._stamp)
+
     def keep_newest(self, builder: EventBuilder | None) -> None:
         """Begins to keep, checked by `builder`, what is read from now on, for `take_newest`; None: ends to."""
         self._newest = None if builder is None else Newest(self._records.boundary, builder)
@@ -162,8 +167,8 @@ class LogIndex:
         return self._is_all_of(file, stamp) and (view.identity, view.ref["sizeBytes"]) == (self._identity, stamp.size)
 
     def is_sure_of(self, file: tuple[int, int], stamp: Stamp) -> bool:
-        """Whether what was read is all that this file with this stamp holds, for certain."""
-        return self._is_all_of(file, stamp) and self._rereading.covers(stamp)
+        """Whether what was read is, for certain, all that this file with this stamp holds."""
+        return self._is_all_of(file, stamp) and self.is_sure
 
     def _is_all_of(self, file: tuple[int, int], stamp: Stamp) -> bool:
         return (file, stamp) == (self._file, self._stamp) and stamp.size == self._trail.end
@@ -189,7 +194,7 @@ class LogIndex:
             last_record=self._last_record,
             token=token,
             ref=ref,
-            is_sure=self._rereading.covers(self._stamp),
+            is_sure=self.is_sure,
             identity=self._identity,
         )
 

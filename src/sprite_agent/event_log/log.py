@@ -142,8 +142,7 @@ class EventLog:
         Raises:
             ArtifactNotRegular
         """
-        status = self._files.status(self.path)
-        if status is None or self._lock.locked():
+        if self._lock.locked() or not self._index.is_sure or (status := self._files.status(self.path)) is None:
             return None
         stamp = LogStamp.of(status)
         with self._lock:

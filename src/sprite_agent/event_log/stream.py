@@ -250,11 +250,13 @@ class _Stream:
 
     def _begins_at_end(self) -> bool:
         """Whether there is nothing to read at first, as far as is known without a look at the log."""
-        query, view = self._query, self._log.known()
-        if view is None:
+        line, resume_token = self._query.after_line, self._query.resume_token
+        if resume_token is not None:
+            line = parse_token(resume_token).position.line
+        if line != self._log.lines_read or (view := self._log.known()) is None:
             return False
         end, token = view.token.position, str(view.token)
-        if query.after_line != end.line if query.resume_token is None else query.resume_token != token:
+        if line != end.line or resume_token not in {None, token}:
             return False
         self._view, self._position, self._token, self._last_line = view, end, token, end.line
         self._caught_up = self._has_read = True
