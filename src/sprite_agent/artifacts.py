@@ -144,9 +144,17 @@ class ArtifactFiles:
         return descriptor
 
     def _check(self, status: os.stat_result, folder: int, path: str) -> None:
-        fault = _why_refused(status, folder)
-        if fault is not None:
-            raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})
+        """Returns if the file with this status, in the folder open as `folder`, may be read.
+
+        Whoever may write to the folder could make a second name of a file there that it can't read itself.
+        """
+        if not stat.S_ISREG(status.st_mode):
+            fault = "is not a regular file"
+        elif status.st_nlink > 1 and status.st_uid != os.fstat(folder).st_uid:
+            fault = "belongs to another user than its folder, and has another name"
+        else:
+            return
+        raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})
 
     def open_folder(self, path: str) -> int | None:
         """A descriptor of the folder at `path`, or None where there is nothing. The caller closes it.
@@ -290,18 +298,6 @@ class _KeptFolders(ArtifactFiles):
         for folder in self._folders.values():
             if folder is not None:
                 os.close(folder)
-
-
-def _why_refused(status: os.stat_result, folder: int) -> str | None:
-    """Why a file in the folder open as `folder` is not read; None: it is.
-
-    Whoever may write to the folder could make a second name of a file there that it can't read itself.
-    """
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file"
-    if status.st_nlink > 1 and status.st_uid != os.fstat(folder).st_uid:
-        return "belongs to another user than its folder, and has another name"
-    return None
 
 
 def missing_ref(path: str) -> ArtifactRef:

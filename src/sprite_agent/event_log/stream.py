@@ -166,7 +166,7 @@ class _Stream:
         token, line = self._query.resume_token, self._query.after_line
         start = START_TOKEN if token is None else parse_token(token)
         if self._opening is None:
-            if self._begins_at_end():
+            if self._begins_at_end(line if token is None else start.position.line):
                 return False
             opening = self._opening = self._open_steps()
             if self._log.is_small() and not goes_on(opening):
@@ -248,15 +248,12 @@ class _Stream:
         builder = self._builder(batch.emitted_at)
         return replace(batch, events=[event for raw in batch.raw_events for event in builder.whole(raw)], raw_events=[])
 
-    def _begins_at_end(self) -> bool:
-        """Whether there is nothing to read at first, as far as is known without a look at the log."""
-        line, resume_token = self._query.after_line, self._query.resume_token
-        if resume_token is not None:
-            line = parse_token(resume_token).position.line
+    def _begins_at_end(self, line: int) -> bool:
+        """Whether, after this line, there is nothing to read at first, as far as is known without a look at the log."""
         if line != self._log.lines_read or (view := self._log.known()) is None:
             return False
         end, token = view.token.position, str(view.token)
-        if line != end.line or resume_token not in {None, token}:
+        if line != end.line or self._query.resume_token not in {None, token}:
             return False
         self._view, self._position, self._token, self._last_line = view, end, token, end.line
         self._caught_up = self._has_read = True
