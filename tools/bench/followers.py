@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from array import array
 from dataclasses import dataclass, field
@@ -180,5 +181,10 @@ async def collect(lines: int) -> Deliveries:
 
 
 async def unfollow() -> None:
-    """Closes the streams."""
+    """Closes the streams and, at once, their connections.
+
+    gRPC's calls are in cycles that hold the connection of a closed channel until they are looked for; in the rounds to
+    come agents would send pings to all who have ever followed.
+    """
     await _followers.pop().close()
+    gc.collect()
