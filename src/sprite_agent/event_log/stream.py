@@ -105,7 +105,7 @@ class _Stream:
     _number: int | None = None
     """Of the tail's next portion, while it is followed."""
     _turn_seen = 0
-    """The turn of the tail in which there was no more."""
+    """The turn of the tail in which there was no more; -1: there is more."""
     _caught_up = False
     _told_so = False
     """Whether the last batch has said that all was sent."""
@@ -168,8 +168,8 @@ class _Stream:
         if self._opening is None:
             if self._begins_at_end(line if token is None else start.position.line):
                 return False
-            opening = self._opening = self._open_steps()
-            if self._log.is_small() and not goes_on(opening):
+            self._opening = self._open_steps()
+            if self._log.is_small() and not goes_on(self._opening):
                 return False
             await before_waiting()
         opening = self._opening
