@@ -354,8 +354,19 @@ def test_the_journal_is_as_durable_as_it_can_be(state: Path, path: Path) -> None
     tables, _ = open_journal(path)
 
     with contextlib.closing(tables):
-        assert tables.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert tables.execute("PRAGMA journal_mode").fetchone() == ("persist",)
         assert tables.execute("PRAGMA synchronous").fetchone() == (3,)
+
+
+def test_what_sqlite_keeps_beside_the_journal_stays_small(state: Path, path: Path) -> None:
+    with opened(state) as journal:
+        for number in range(300):
+            journal.note("noted", {"number": number, "text": "x" * 10_000})
+        with journal._transaction() as tables:  # noqa: SLF001  # as large a change as pruning makes
+            tables.execute("UPDATE audit SET body = body || ' '")
+            assert path.with_name("journal.sqlite3-journal").stat().st_size > 2 * 1024 * 1024
+
+    assert path.with_name("journal.sqlite3-journal").stat().st_size <= 1024 * 1024
 
 
 def rename(path: Path) -> None:
@@ -472,4 +483,9 @@ def test_opening_a_journal_twice_changes_nothing(state: Path, path: Path) -> Non
         pass
 
     assert path.read_bytes() == before
-    assert {file.name for file in state.iterdir()} == {"journal.sqlite3", "journal.id", "ballast"}
+    assert {file.name for file in state.iterdir()} == {
+        "journal.sqlite3",
+        "journal.sqlite3-journal",  # blank
+        "journal.id",
+        "ballast",
+    }
