@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import threading
@@ -887,6 +888,31 @@ async def test_a_follower_is_told_of_what_comes_while_the_log_was_just_being_mad
 
         await waiting
         assert await follower.until_lines(7) == list(range(1, 8))
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 4])
+async def test_a_log_that_is_written_anew_while_it_is_read_loses_no_event(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """What was taken before it was cut off is sent; then decides what is there."""
+    content = numbered(1000, width=200)
+    loop.append(content)
+    repo.read_loop(LOOP)
+    read_chunk, chunks = LogReader._read_chunk, itertools.count(1)  # noqa: SLF001  # between two of one batch
+
+    def while_it_is_cut_off(reader: LogReader, end: int) -> None:
+        cut = next(chunks) == chunk
+        if cut:
+            loop.truncate(0)
+        try:
+            read_chunk(reader, end)
+        finally:
+            if cut:
+                loop.rewrite(content)
+
+    monkeypatch.setattr(LogReader, "_read_chunk", while_it_is_cut_off)
+    async with subscribe(repo, follow=True) as follower:
+        assert await follower.until_lines(1000) == list(range(1, 1001))
 
 
 async def test_a_stream_that_is_cancelled_while_it_reads_closes_nothing_under_the_thread_that_reads(

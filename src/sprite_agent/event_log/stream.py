@@ -12,24 +12,23 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.events import EventBuilder
-from sprite_agent.contract.streaming import EventBatch, SkippedRecord
-from sprite_agent.errors import ContractError, EventMalformed, EventsNotFound, LogTruncated, LoopNotFound
-from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS, raw_events
-from sprite_agent.event_log.pieces import Pace, goes_on
-from sprite_agent.event_log.records import START, Run, values_of
+from sprite_agent.contract.streaming import EventBatch
+from sprite_agent.errors import EventsNotFound, LogTruncated, LoopNotFound
+from sprite_agent.event_log.gathering import Gathered, gather
+from sprite_agent.event_log.pieces import goes_on
+from sprite_agent.event_log.records import START
 from sprite_agent.event_log.resume import START_TOKEN, parse_token
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
-    from sprite_agent.contract.envelopes import EventEnvelope
-    from sprite_agent.contract.streaming import EventQuery, RawEvents
+    from sprite_agent.contract.streaming import EventQuery
+    from sprite_agent.errors import EventMalformed
     from sprite_agent.event_log.index import LogView
     from sprite_agent.event_log.log import EventLog
     from sprite_agent.event_log.pieces import Steps
     from sprite_agent.event_log.reader import LogReader
-    from sprite_agent.event_log.records import Record
     from sprite_agent.event_log.tail import Tail, Tails
     from sprite_agent.event_log.workers import Workers
 
@@ -332,42 +331,20 @@ class _Stream:
     def _next_batch(self) -> tuple[EventBatch, EventMalformed | None]:
         """What can be sent now, and the malformed record that ends the stream after it."""
         emitted_at = clock.now()
-        builder = self._builder(emitted_at)
-        events: list[EventEnvelope] = []
-        raw: list[RawEvents] = []
-        skipped: list[SkippedRecord] = []
-        fault: EventMalformed | None = None
-        reader, end, pace = self._reader, self._view.end, Pace()
-        events_left, bytes_left = MAX_BATCH_EVENTS, MAX_BATCH_BYTES
-        if self._query.max_events:
-            events_left = min(events_left, self._query.max_events - self._sent)
-        while events_left and (found := reader.take(end, pace, (events_left, bytes_left))) is not None:
-            size = len(found.text)
-            if size > bytes_left and (events or raw or skipped):
-                reader.put_back(found)
-                break
-            try:
-                if self._raw:
-                    raw.append(raw_events(found, builder))
-                else:
-                    events += _whole_events(found, builder)
-            except ContractError as error:
-                if isinstance(found, Run):
-                    reader.put_back(found)  # to look at each of its records
-                    continue
-                if not self._query.skip_malformed:
-                    reader.put_back(found)
-                    fault = _malformed(found, error)
-                    break
-                skipped.append(_skipped(found, error))
-            else:
-                self._last_line = found.last_line
-                self._sent += found.record_count
-            events_left -= found.record_count
-            bytes_left -= size
+        gathered = gather(
+            self._reader,
+            self._view.end,
+            self._builder(emitted_at),
+            most=self._query.max_events - self._sent if self._query.max_events else None,
+            raw=self._raw,
+            skip_malformed=self._query.skip_malformed,
+        )
+        self._last_line = gathered.last_line or self._last_line
         self._stand()
-        self._caught_up = reader.at_end(end)
-        return self._batch(emitted_at, events, raw, skipped), fault
+        self._caught_up = self._reader.at_end(self._view.end)
+        batch = self._batch(emitted_at, gathered)
+        self._sent += batch.event_count
+        return batch, gathered.fault
 
     def _sent_enough(self) -> bool:
         return 0 < self._query.max_events <= self._sent
@@ -386,43 +363,15 @@ class _Stream:
 
     def _bookmark(self) -> EventBatch:
         """Where the stream stands, without events."""
-        return self._batch(clock.now(), [], [], [])
+        return self._batch(clock.now(), Gathered())
 
-    def _batch(
-        self, emitted_at: str, events: list[EventEnvelope], raw_events: list[RawEvents], skipped: list[SkippedRecord]
-    ) -> EventBatch:
+    def _batch(self, emitted_at: str, gathered: Gathered) -> EventBatch:
         return EventBatch(
-            events=events,
+            events=gathered.events,
             cursor={"eventLineOffset": self._last_line, "eventLineCount": self._view.lines},
             resume_token=self._token,
             caught_up=self._caught_up,
-            skipped=skipped,
+            skipped=gathered.skipped,
             emitted_at=emitted_at,
-            raw_events=raw_events,
+            raw_events=gathered.raw_events,
         )
-
-
-def _whole_events(found: Run | Record, builder: EventBuilder) -> list[EventEnvelope]:
-    texts = found.lines if isinstance(found, Run) else [found.text]
-    return builder.build(values_of(found), [text.decode() for text in texts], found.event_line)
-
-
-def _malformed(record: Record, error: ContractError) -> EventMalformed:
-    where = f"line {record.first_line}"
-    if record.last_line > record.first_line:
-        where = f"lines {record.first_line} to {record.last_line}"
-    return EventMalformed(
-        f"{where} of the event log is malformed: {error}",
-        details={"line": record.first_line, "lastLine": record.last_line},
-    )
-
-
-def _skipped(record: Record, error: ContractError) -> SkippedRecord:
-    return SkippedRecord(
-        first_line=record.first_line,
-        last_line=record.last_line,
-        reason=error.message,
-        excerpt=record.excerpt,
-        size_bytes=record.size_bytes,
-        sha256=record.sha256,
-    )
