@@ -114,7 +114,7 @@ class _Arrivals:
     """
 
     def __init__(self) -> None:
-        self._until: dict[asyncio.Task[Any] | None, float] = {}
+        self._until: dict[asyncio.Task[Any], float] = {}
         """Who waits, and until when; in this order."""
         self._timer: asyncio.TimerHandle | None = None
 
@@ -125,12 +125,13 @@ class _Arrivals:
             TimeoutError
         """
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None  # noqa: S101  # a server runs each call in one
         self._until[task] = loop.time() + ARRIVAL_TIMEOUT
         self._timer = self._timer or loop.call_later(ARRIVAL_TIMEOUT, self._end_late)
         try:
             return await context.read()
         except asyncio.CancelledError as error:
-            if task is None or task in self._until or task.uncancel():
+            if task in self._until or task.uncancel():
                 raise  # somebody else wants it to end
             raise TimeoutError from error
         finally:
@@ -144,8 +145,7 @@ class _Arrivals:
                 self._timer = loop.call_at(until, self._end_late)
                 return
             del self._until[task]
-            if task is not None:
-                task.cancel()
+            task.cancel()
 
 
 def _or_end(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
