@@ -201,8 +201,8 @@ async def test_a_folder_that_can_not_be_made_is_told_whatever_else_is_broken(tar
 class Scene:
     """Files of an authority, and an agent that uses them."""
 
-    def __init__(self, config: ServeConfig, folder: Path) -> None:
-        self.authority = Authority()
+    def __init__(self, config: ServeConfig, folder: Path, authority: Authority | None = None) -> None:
+        self.authority = authority or Authority()
         self.ca = put(folder / "ca.pem", self.authority.pem)
         self.strange_ca = put(folder / "strange.pem", Authority("a stranger").pem)
         self._config = config
@@ -230,6 +230,16 @@ async def test_with_tls_all_is_well_and_the_end_of_the_certificate_is_told(scene
     assert not [check for check in checks.values() if check.status == "failed"], checks
     assert checks["tls"].status == "warn", "the tests' certificates end soon"
     assert "ends in 0 days" in checks["tls"].detail
+
+
+async def test_an_authority_below_another_will_do_as_it_does_for_grpc(
+    config: ServeConfig, target: Target, tmp_path: Path
+) -> None:
+    scene = Scene(config, tmp_path, Authority("in between", above=Authority("root")))
+    async with scene.agent() as address:
+        checks = await diagnosed(dataclasses.replace(target, address=address, tls_ca=scene.ca))
+
+    assert not [check for check in checks.values() if check.status == "failed"], checks
 
 
 async def test_a_certificate_of_another_authority_is_tlss_fault(scene: Scene, target: Target) -> None:

@@ -85,6 +85,7 @@ def test_only_this_user_may_look_into_it_whatever_the_mask(make_repo: MakeRepo, 
         "executions": 0o700,
         "journal.id": 0o600,
         "journal.sqlite3": 0o600,
+        "journal.sqlite3-journal": 0o600,
         "lane.lock": 0o600,
     }
 

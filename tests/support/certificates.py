@@ -36,19 +36,20 @@ class Pair:
 
 
 class Authority:
-    """One CA."""
+    """One CA: a root, or one that another, `above` it, has a certificate for."""
 
-    def __init__(self, name: str = "CA of the tests") -> None:
-        self._name = _named(name)
-        self._key = ec.generate_private_key(ec.SECP256R1())
+    def __init__(self, name: str = "CA of the tests", *, above: Authority | None = None) -> None:
+        self.name = _named(name)
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        signer = above or self
         now = datetime.now(UTC)
         self._cert = (
-            x509.CertificateBuilder(self._name, self._name, self._key.public_key(), x509.random_serial_number())
+            x509.CertificateBuilder(signer.name, self.name, self.key.public_key(), x509.random_serial_number())
             .not_valid_before(now - 30 * DAY)
             .not_valid_after(now + 30 * DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
+            .sign(signer.key, hashes.SHA256())
         )
 
     @property
@@ -62,13 +63,13 @@ class Authority:
         key = key or ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
         cert = (
-            x509.CertificateBuilder(self._name, _named(names[0]), key.public_key(), x509.random_serial_number())
+            x509.CertificateBuilder(self.name, _named(names[0]), key.public_key(), x509.random_serial_number())
             .not_valid_before(now - 10 * DAY)
             .not_valid_after(now + until)
             .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
             # Authorities may have the same name: it is by this that the right one is found.
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+            .sign(self.key, hashes.SHA256())
         )
         return Pair(
             cert=cert.public_bytes(Encoding.PEM),

@@ -71,6 +71,8 @@ def tls_context(credentials: Credentials) -> ssl.SSLContext:
         OSError, ssl.SSLError: they can't be used.
     """
     context = ssl.create_default_context(cafile=_text(credentials.tls_ca))
+    # Python's own are others in each version. To gRPC any of the CAs is an end of the chain, and none is read strictly.
+    context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
     context.set_alpn_protocols(["h2"])
     if credentials.tls_cert is not None:
         context.load_cert_chain(credentials.tls_cert, credentials.tls_key)

@@ -64,12 +64,12 @@ class Journal:
         self._folder = folder
         self._path = folder.journal
         self._tables, self.id = open_journal(self._path)
-        self._inode = self._path.stat().st_ino
-        with self._transaction() as tables:
-            week_ago = time.time() - RETENTION_SECONDS
-            journal_rows.prune(tables, before=week_ago, keep=KEPT_ROWS)
-            audit.prune(tables, keep_from=datetime.fromtimestamp(week_ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-            tables.execute("DELETE FROM nonce WHERE expires < ?", (time.time(),))
+        try:
+            self._inode = self._path.stat().st_ino
+            self._prune()
+        except BaseException:
+            self._tables.close()
+            raise
 
     def close(self) -> None:
         """Closes the file."""
@@ -202,6 +202,13 @@ class Journal:
         """
         with self._transaction() as tables:
             audit.append(tables, kind, body)
+
+    def _prune(self) -> None:
+        week_ago = time.time() - RETENTION_SECONDS
+        with self._transaction() as tables:
+            journal_rows.prune(tables, before=week_ago, keep=KEPT_ROWS)
+            audit.prune(tables, keep_from=datetime.fromtimestamp(week_ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+            tables.execute("DELETE FROM nonce WHERE expires < ?", (time.time(),))
 
     def _place_of(self, tables: sqlite3.Connection, request: ControlRequest) -> int:
         """The number for a new row: that of a released row of the key, else the next one."""

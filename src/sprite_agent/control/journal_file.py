@@ -134,8 +134,12 @@ def _damaged(path: Path, what: object) -> str:
 
 def _connect(path: Path) -> sqlite3.Connection:
     tables = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT)
-    for pragma in ("synchronous = EXTRA", "trusted_schema = OFF", "cell_size_check = ON"):
-        tables.execute(f"PRAGMA {pragma}")
+    try:
+        for pragma in ("synchronous = EXTRA", "trusted_schema = OFF", "cell_size_check = ON"):
+            tables.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        tables.close()
+        raise
     return tables
 
 
