@@ -245,7 +245,7 @@ async def test_whenever_the_agent_is_killed_a_key_is_run_once_and_has_one_answer
 def started_command(state: Path) -> tuple[str, int]:
     """Name and descriptor of the command that is about to be started, once it is."""
     notes = until(
-        lambda: [text for path in state.glob(f"executions/*/{executor.PROCESS}") if (text := path.read_text())],
+        lambda: [note for path in state.glob(f"executions/*/{executor.PROCESS}") if (note := path.read_bytes())],
         "the command has been started",
     )
     name = name_from_stat(notes[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -298,6 +299,31 @@ def test_a_decision_on_another_request_than_the_one_at_hand_is_told_as_that(
     )
     assert result["confirmation"] is not None
     assert result["confirmation"]["reason"] == "approved_different"
+
+
+@pytest.mark.parametrize(("intent", "status"), [("approve", "approved"), ("reject", "rejected")])
+def test_a_decision_on_another_request_is_not_confirmed_where_only_the_log_tells(
+    make_repo: MakeRepo, loop: LoopFiles, tmp_path: Path, intent: str, status: str
+) -> None:
+    """The request was exchanged under the command, and the next one is pending already."""
+    decided = event("approval_decision", run_id="run-2", iteration=7, status=status, data={"by": "BY"})
+    pending = {"status": "pending", "loop_id": LOOP, "run_id": "run-3", "iteration": 8}
+    runtime = script(
+        tmp_path / "exchanged",
+        f"""
+import sys
+from pathlib import Path
+by = sys.argv[sys.argv.index("--by") + 1]
+with open({str(loop.log)!r}, "ab") as log:
+    log.write({line(decided)!r}.replace(b"BY", by.encode()))
+Path({str(loop.approval)!r}).write_bytes({json.dumps(pending).encode()!r})
+""",
+        interpreter=sys.executable,
+    )
+
+    result = make_repo(runtime).execute(request(intent, confirmation=LOOKS_ONCE))
+
+    assert (result["status"], result["reason"]) == ("ambiguous", "approved_different")
 
 
 @pytest.mark.parametrize("intent", ["approve", "reject"])

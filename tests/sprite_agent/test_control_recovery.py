@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,22 @@ def test_what_an_executor_has_recorded_is_the_outcome(repo: Repo, loop: LoopFile
 
     assert (result["status"], result["exitCode"], result["output"]) == ("failed_command", 7, "no\n")
     assert executions(loop) == []
+
+
+def test_a_key_that_was_run_is_finished_though_its_loop_is_gone(
+    make_repo: MakeRepo, loop: LoopFiles, state: Path
+) -> None:
+    baseline = take_baseline(make_repo().read_loop(LOOP)).document()
+    with opened(state) as journal:
+        entry = begun(journal, baseline=baseline)
+        journal.record(entry, executed_result(entry.result, CommandOutcome(exit_code=0, timed_out=False, output="")))
+    shutil.rmtree(loop.folder)
+
+    result = make_repo().execute(request(confirmation=LOOKS_ONCE))
+
+    assert (result["state"], result["executed"], result["replayed"]) == ("done", True, True)
+    assert result["status"] == "ambiguous"
+    assert "can't be read" in (result["detail"] or "")
 
 
 def test_the_time_that_a_killed_agent_has_looked_is_not_waited_again(repo: Repo, state: Path) -> None:

@@ -37,7 +37,8 @@ def repo(make_repo: MakeRepo) -> Repo:
 def witness_of(repo: Repo, loop: LoopFiles, baseline: Baseline | None = None) -> Witness:
     """A witness from this moment on, or from an earlier one."""
     start = baseline or take_baseline(repo.read_loop(LOOP))
-    return Witness(lambda: repo.read_loop(LOOP), EventLog(ArtifactFiles(loop.repo), LOOP), start)
+    log = EventLog(ArtifactFiles(loop.repo), LOOP)
+    return Witness(lambda: repo.read_loop(LOOP), lambda: log, start)
 
 
 @pytest.fixture

@@ -173,9 +173,9 @@ def test_the_command_is_named_with_its_start(start: Any) -> None:
     started.exit_code()
 
     pid, _, text = started.result["output"].partition("\n")
-    name = name_from_stat((started.folder / "process").read_text())
+    name = name_from_stat((started.folder / "process").read_bytes())
     assert name is not None
-    assert name == name_from_stat(text)
+    assert name == name_from_stat(text.encode())
     assert name.split(":")[1] == pid
 
 

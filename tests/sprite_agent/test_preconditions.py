@@ -211,6 +211,14 @@ def test_a_cancel_that_would_stop_another_loop_is_refused(
     assert error.details == {"activeLoopId": "other"}
 
 
+@pytest.mark.parametrize("value", [[], {}, [LOOP], 3])
+@pytest.mark.parametrize("file", ["active_run", "state"])
+def test_a_cancel_that_would_stop_who_knows_what_is_refused(repo: Repo, loop: LoopFiles, file: str, value: Any) -> None:
+    put(getattr(loop, file), {"active": True, "loop_id": value, "current_loop_id": value, "pid": NOTHING_RUNS})
+
+    assert refused(repo, loop, LoopNotActive, request("cancel")).details == {"activeLoopId": str(value)}
+
+
 @pytest.mark.parametrize(
     "active_state", [{"active": False, "current_loop_id": "other"}, {"current_loop_id": "other"}, {"active": True}]
 )

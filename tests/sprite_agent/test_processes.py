@@ -44,13 +44,25 @@ def test_a_process_that_has_ended_and_was_not_reaped_is_not_alive() -> None:
         assert name_of(ended.pid) is None
 
 
-@pytest.mark.parametrize("command", ["sh", "a b", "a) S 1", ") Z (", "(((", ""])
-def test_a_command_may_be_called_anything(command: str) -> None:
+@pytest.mark.parametrize("command", [b"sh", b"a b", b"a) S 1", b") Z (", b"(((", b"", b"\xff\xfe", "é".encode()])
+def test_a_command_may_be_called_anything(command: bytes) -> None:
     fields = " ".join(["S", *(str(number) for number in range(4, 53))])
 
-    assert name_from_stat(f"7 ({command}) {fields}") == f"{this_boot()}:7:22"
+    assert name_from_stat(b"7 (%b) %b" % (command, fields.encode())) == f"{this_boot()}:7:22"
 
 
-@pytest.mark.parametrize("text", ["", "7", "7 (x)", "7 (x) S 1 2", "7 (x) Z " + "1 " * 40, "x" * 500])
-def test_what_is_no_living_process_has_no_name(text: str) -> None:
-    assert name_from_stat(text) is None
+@pytest.mark.parametrize("content", [b"", b"7", b"7 (x)", b"7 (x) S 1 2", b"7 (x) Z " + b"1 " * 40, b"x" * 500])
+def test_what_is_no_living_process_has_no_name(content: bytes) -> None:
+    assert name_from_stat(content) is None
+
+
+def test_a_process_whose_name_is_no_text_is_alive(tmp_path: Path) -> None:
+    program = os.fsencode(tmp_path) + b"/\xff\xfe"
+    Path(os.fsdecode(program)).symlink_to("/bin/sleep")
+    with subprocess.Popen([program, b"60"]) as process:
+        try:
+            name = name_of(process.pid)
+            assert name is not None
+            assert is_alive(name)
+        finally:
+            process.kill()

@@ -118,7 +118,9 @@ def find_effect(intent: Intent, now: Evidence, baseline: Evidence | None, mark: 
 
 def decided_another(now: Evidence, baseline: Evidence, mark: str) -> bool:
     """Whether the decision under `mark` is on another approval request than the one there was before."""
-    return now.decided_by == mark and now.subject != baseline.subject
+    asking = baseline.asking_run
+    runs = {found.run_id for found in now.decisions if found.by == mark} - {None, asking}
+    return (now.decided_by == mark and now.subject != baseline.subject) or bool(asking and runs)
 
 
 def enough(finding: Finding, required: ControlEffect) -> bool:

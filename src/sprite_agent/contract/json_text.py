@@ -23,8 +23,8 @@ DOCUMENT_DEPTH = MAX_DEPTH + 16
 
 _Path: TypeAlias = tuple[str | int, ...]
 
-_MAX_BITS = 14_000
-"""Of an integer: Python writes and reads up to 4,300 digits."""
+_INTEGERS = range(1 - 10**4299, 10**4300)
+"""Those that are read: of 4,300 characters, a sign included."""
 _TYPE_NAMES = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", type(None): "null"}
 
 _decode = msgspec.json.Decoder().decode
@@ -183,7 +183,7 @@ def _writable(value: Any, path: _Path, depth: int) -> Any:
     if isinstance(value, list):
         _not_too_deep(path, depth)
         return [_writable(item, (*path, index), depth - 1) for index, item in enumerate(value)]
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+    if isinstance(value, int) and value not in _INTEGERS:
         raise ContractError(f"an integer of {value.bit_length()} bits", path=_dotted(path))
     if isinstance(value, float) and not math.isfinite(value):
         raise ContractError(f"JSON has no form for {value}", path=_dotted(path))

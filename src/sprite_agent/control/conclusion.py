@@ -40,7 +40,7 @@ def conclude(
     patience = asked.get("timeoutSeconds", DEFAULT_TIMEOUT) if result["exitCode"] == 0 else 0.0
     baseline = baseline_from(entry.origin.baseline)
     loop_id = request["loopId"]
-    with Witness(lambda: read_loop(loop_id), log_of(loop_id), baseline) as witness:
+    with Witness(lambda: read_loop(loop_id), lambda: log_of(loop_id), baseline) as witness:
         look = look_for_effect(
             request["intent"],
             witness.look,

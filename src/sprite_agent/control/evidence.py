@@ -67,9 +67,12 @@ def decided_by(approval: Any) -> str | None:
 class Witness:
     """Looks at one loop for what is newer than a baseline. Use it in a `with`."""
 
-    def __init__(self, read_loop: Callable[[], LoopReading], log: EventLog, baseline: Baseline) -> None:
+    def __init__(
+        self, read_loop: Callable[[], LoopReading], find_log: Callable[[], EventLog], baseline: Baseline
+    ) -> None:
+        """Looks at nothing yet: the loop may be gone."""
         self._read_loop = read_loop
-        self._log = log
+        self._find_log = find_log
         self._baseline = baseline
         self._reader: LogReader | None = None
         self._log_is_lost = False
@@ -101,10 +104,11 @@ class Witness:
         """Notes the decisions that the log has got; one that no longer is the same log shows nothing more."""
         if self._log_is_lost:
             return
+        log = self._find_log()
         try:
             if self._reader is None:
-                self._reader = self._log.reader_after_token(self._baseline.resume_token)
-            end = self._log.refresh().end
+                self._reader = log.reader_after_token(self._baseline.resume_token)
+            end = log.refresh().end
             while not self._reader.at_end(end):
                 for record in self._reader.read(end):
                     self._note(record.value)

@@ -127,7 +127,7 @@ class Executions:
         """Ends a command whose executor is gone: after `within` seconds its session is killed, if it still lives."""
         place = self._folder / execution_id
         try:
-            name = name_from_stat((place / executor.PROCESS).read_text())
+            name = name_from_stat((place / executor.PROCESS).read_bytes())
         except OSError:
             return
         until = time.monotonic() + within

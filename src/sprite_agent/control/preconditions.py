@@ -95,8 +95,8 @@ def is_so_already(request: ControlRequest, snapshot: SnapshotEnvelope) -> bool:
 def _check_active(request: ControlRequest, snapshot: SnapshotEnvelope) -> None:
     runtime = snapshot["runtime"]
     state, run = runtime["superloopState"], runtime["activeRun"]
-    active = {member(run, "loop_id"), member(state, "current_loop_id") if member(state, "active") is True else None}
-    others = sorted(str(loop) for loop in active - {None, request["loopId"]})
+    active = [member(run, "loop_id"), member(state, "current_loop_id") if member(state, "active") is True else None]
+    others = sorted(str(loop) for loop in active if loop not in (None, request["loopId"]))  # any JSON value, it may be
     if others:
         raise LoopNotActive(
             f"loop {others[0]} is the active one: a cancel would stop it, not {request['loopId']}",

@@ -30,15 +30,15 @@ def name_of(pid: object) -> str | None:
     if type(pid) is not int or pid <= 0:
         return None
     try:
-        return name_from_stat(Path(f"/proc/{pid}/stat").read_text())
+        return name_from_stat(Path(f"/proc/{pid}/stat").read_bytes())
     except OSError:
         return None
 
 
-def name_from_stat(text: str) -> str | None:
-    """The name of the process whose /proc/<pid>/stat has this text; None: it has ended, or the text is none."""
-    # The second field is the command in parentheses and may hold anything; the state follows it.
-    front, parenthesis, fields = text.rpartition(")")
+def name_from_stat(content: bytes) -> str | None:
+    """The name of the process whose /proc/<pid>/stat holds this; None: it has ended, or this is no such content."""
+    # The second field is the command in parentheses and may hold anything, text or not; the state follows it.
+    front, parenthesis, fields = content.decode("ascii", errors="replace").rpartition(")")
     pid = front.partition(" ")[0]
     state, *rest = fields.split() or [""]
     if not parenthesis or state == "Z" or len(rest) < _START_TIME + 1:

@@ -215,6 +215,8 @@ def test_an_open_object_keeps_its_text_and_is_a_dict(text: str) -> None:
         2**64,
         -(2**63) - 1,
         10**40,
+        pytest.param(10**4300 - 1, id="4,300 digits"),
+        pytest.param(1 - 10**4299, id="4,299 negative digits"),
         -(10**40),
         0.1,
         -0.0,
@@ -260,7 +262,8 @@ def test_an_open_object_is_written_as_its_text_in_one_line() -> None:
         ({"a": (1, 2)}, "a"),
         ({"a": [b"bytes"]}, "a[0]"),
         ({"a": {"b": object()}}, "a.b"),
-        ({"run": {"iteration": 10**5000}}, "run.iteration"),
+        pytest.param({"run": {"iteration": 10**4300}}, "run.iteration", id="4,301 digits"),
+        pytest.param({"run": {"iteration": -(10**4299)}}, "run.iteration", id="4,300 negative digits"),
     ],
 )
 def test_what_json_has_no_form_for_is_refused_with_its_path(value: Any, path: str) -> None:
