@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import os
 import shutil
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sprite_agent.artifacts import ArtifactFiles
+from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.json_text import OpenObject
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import (
@@ -34,18 +34,18 @@ from sprite_agent.errors import (
 from sprite_agent.event_log import tail
 from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.pieces import Pace, goes_on
 from sprite_agent.event_log.reader import LogReader
 from sprite_agent.event_log.records import MAX_RECORD_BYTES
 from sprite_agent.repo import Repo
-from support.following import Follower, come_to_rest
-from support.repos import LOOP, LoopFiles, event, line, lines
+from support.following import Follower, come_to_rest, lines_of, replay, subscribe
+from support.logs import numbered
+from support.repos import LOOP, MOMENT, LoopFiles, event, line, lines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from sprite_agent.contract.streaming import EventBatch
     from sprite_agent.errors import OpsError
-    from sprite_agent.event_log.pieces import Pace
     from sprite_agent.event_log.records import Record, Run
 
 SPACED = b"".join(
@@ -76,27 +76,6 @@ async def repo(loop: LoopFiles, tmp_path: Path) -> AsyncIterator[Repo]:
     repo = Repo(loop.repo, state_folder=tmp_path / "state", runtime=None)
     yield repo
     repo.close()
-
-
-def subscribe(repo: Repo, **query: Any) -> Follower:
-    """A subscription to the loop; one that follows beats every minute unless told otherwise."""
-    return Follower(repo.stream_events(EventQuery(**{"loop_id": LOOP, "heartbeat_interval": 60.0, **query})))
-
-
-async def replay(repo: Repo, **query: Any) -> list[EventBatch]:
-    """Every batch of a subscription that ends by itself."""
-    async with subscribe(repo, **query) as follower:
-        return await follower.to_end()
-
-
-def lines_of(batches: list[EventBatch]) -> list[int]:
-    """The line numbers of the events in batches."""
-    return [found["cursor"]["eventLineOffset"] for batch in batches for found in batch.events]
-
-
-def numbered(count: int, first: int = 1, width: int = 0) -> bytes:
-    """Lines with events."""
-    return b"".join(line(event(n=number, text="x" * width)) for number in range(first, first + count))
 
 
 def open_files() -> int:
@@ -164,6 +143,27 @@ async def test_an_event_that_the_schema_refuses_fails_with_its_line_and_what_is_
             await follower.next()
 
     assert malformed.value.details == {"line": "2", "lastLine": "2"}
+
+
+def sized(size: int, n: int) -> bytes:
+    """An event whose line has so many bytes."""
+    return line(event(n=n, text="x" * (size - len(line(event(n=n, text=""))))))
+
+
+@pytest.mark.parametrize("follow", [False, True], ids=["read", "from the tail"])
+async def test_a_line_that_is_too_long_is_malformed_whatever_stands_before_it(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, *, follow: bool
+) -> None:
+    """A record that is longer than a batch leaves less than no room in it."""
+    monkeypatch.setattr(Pace, "over", lambda _: False)  # as on a fast machine
+    content = sized(160_000, 1) + sized(MAX_RECORD_BYTES + 101, 2) + b"".join(sized(200, n) for n in range(3, 300))
+    async with subscribe(repo, follow=follow) if follow else contextlib.nullcontext() as follower:
+        if follower is not None:
+            await follower.next()
+        loop.append(content)
+
+        with pytest.raises(EventMalformed, match="line 2 of the event log is malformed: a line of"):
+            await (replay(repo) if follower is None else follower.until_lines(299))
 
 
 # Where a subscription begins.
@@ -708,6 +708,40 @@ async def test_what_has_come_since_the_end_of_a_log_was_known_is_in_the_first_ba
         assert lines_of([await follower.next()]) == [31, 32]
 
 
+async def test_the_end_of_a_log_is_not_known_in_the_midst_of_a_chunk(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.append(numbered(1500, width=200))
+    await asyncio.sleep(0.1)  # by then its times tell of any change
+    log = repo._log(LOOP)  # noqa: SLF001  # no stream stops where it is wanted
+    builder = EventBuilder(
+        source={"repoPath": str(loop.repo), "loopId": LOOP}, trace_id=None, emitted_at=MOMENT, line_count=0
+    )
+    log.keep_newest(builder)  # as a tail has it: pieces end where batches do
+    look = log.newest_steps()
+    while goes_on(look):
+        pass
+    asked: set[Pace] = set()
+
+    def over_when_asked_again(pace: Pace) -> bool:
+        was_asked = pace in asked
+        asked.add(pace)
+        return was_asked
+
+    monkeypatch.setattr(Pace, "over", over_when_asked_again)
+    look = log.newest_steps()
+    while log._index.end < loop.log.stat().st_size:  # noqa: SLF001  # nor there
+        assert goes_on(look)
+    monkeypatch.undo()
+    passed = log.lines_read
+    assert 0 < passed < 1500
+
+    found = lines_of(await replay(repo, after_line=passed))
+
+    assert found == list(range(passed + 1, 1501))
+    log.keep_newest(None)
+
+
 @pytest.mark.parametrize(
     ("change", "lost"),
     [
@@ -888,31 +922,6 @@ async def test_a_follower_is_told_of_what_comes_while_the_log_was_just_being_mad
 
         await waiting
         assert await follower.until_lines(7) == list(range(1, 8))
-
-
-@pytest.mark.parametrize("chunk", [2, 3, 4])
-async def test_a_log_that_is_written_anew_while_it_is_read_loses_no_event(
-    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
-    """What was taken before it was cut off is sent; then decides what is there."""
-    content = numbered(1000, width=200)
-    loop.append(content)
-    repo.read_loop(LOOP)
-    read_chunk, chunks = LogReader._read_chunk, itertools.count(1)  # noqa: SLF001  # between two of one batch
-
-    def while_it_is_cut_off(reader: LogReader, end: int) -> None:
-        cut = next(chunks) == chunk
-        if cut:
-            loop.truncate(0)
-        try:
-            read_chunk(reader, end)
-        finally:
-            if cut:
-                loop.rewrite(content)
-
-    monkeypatch.setattr(LogReader, "_read_chunk", while_it_is_cut_off)
-    async with subscribe(repo, follow=True) as follower:
-        assert await follower.until_lines(1000) == list(range(1, 1001))
 
 
 async def test_a_stream_that_is_cancelled_while_it_reads_closes_nothing_under_the_thread_that_reads(

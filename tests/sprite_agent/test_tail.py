@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import threading
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.log import EventLog
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.repo import Repo
-from support.following import Follower, come_to_rest
+from support.following import Follower, come_to_rest, lines_of
 from support.repos import LOOP, LoopFiles, event, line
 from support.waiting import eventually
 
@@ -412,6 +413,44 @@ async def test_somebody_elses_look_takes_nothing_from_the_followers(
             await asyncio.to_thread(repo.read_loop, LOOP)
         for follower in followers:
             assert await follower.until_lines(29) == list(range(1, 30))
+
+
+async def test_what_a_closed_tail_still_does_takes_nothing_from_the_next_one(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.append(numbered(1, 1))
+    held, go_on, over = threading.Event(), threading.Event(), threading.Event()
+    piece_of = tail_module.Tail._piece_of  # noqa: SLF001  # what runs in the other thread
+
+    def suspended(tail: tail_module.Tail, look: Any) -> Any:
+        if threading.current_thread() is threading.main_thread() or held.is_set():
+            return piece_of(tail, look)
+        held.set()
+        go_on.wait(10)
+        try:
+            return piece_of(tail, look)
+        finally:
+            over.set()
+
+    monkeypatch.setattr(tail_module.Tail, "_piece_of", suspended)
+    async with follow(repo) as first:
+        await first.next()
+        asking = asyncio.create_task(first.next())
+        await asyncio.sleep(0.05)
+        with repo._log(LOOP)._lock:  # noqa: SLF001  # as a snapshot has it: so the look is made by the other thread
+            loop.append(numbered(2, 2))
+            await eventually(held.is_set, "the other thread looks")
+        asking.cancel()
+        await asyncio.wait([asking])
+    async with follow(repo) as second:
+        await second.until_lines(2)
+        asking = asyncio.create_task(second.next())
+        await asyncio.sleep(0.05)
+        loop.append(numbered(3, 3))
+        go_on.set()
+        over.wait(10)
+
+        assert lines_of([await asking]) == [3]
 
 
 @pytest.mark.parametrize("begin", [0, 3], ids=["read", "at the end"])

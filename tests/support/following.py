@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from sprite_agent.contract.streaming import EventQuery
 from support.repos import LOOP
 from support.waiting import DEADLINE, eventually
 
@@ -69,3 +70,19 @@ class Follower:
     def lines(self) -> list[int]:
         """The line numbers of all events so far."""
         return [event["cursor"]["eventLineOffset"] for batch in self.seen for event in batch.events]
+
+
+def subscribe(repo: Repo, **query: Any) -> Follower:
+    """A subscription to the loop; one that follows beats every minute unless told otherwise."""
+    return Follower(repo.stream_events(EventQuery(**{"loop_id": LOOP, "heartbeat_interval": 60.0, **query})))
+
+
+async def replay(repo: Repo, **query: Any) -> list[EventBatch]:
+    """Every batch of a subscription that ends by itself."""
+    async with subscribe(repo, **query) as follower:
+        return await follower.to_end()
+
+
+def lines_of(batches: list[EventBatch]) -> list[int]:
+    """The line numbers of the events in batches."""
+    return [found["cursor"]["eventLineOffset"] for batch in batches for found in batch.events]

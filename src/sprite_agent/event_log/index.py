@@ -16,9 +16,9 @@ from sprite_agent.errors import CursorBeyondEnd, ResumeTokenInvalid
 from sprite_agent.event_log.newest import Newest
 from sprite_agent.event_log.pieces import PIECE, Pace
 from sprite_agent.event_log.record_reader import ANY, RecordReader
-from sprite_agent.event_log.records import START, Run
+from sprite_agent.event_log.records import START, Position, Run
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
-from sprite_agent.event_log.resume import Trail, check_beginning, check_digest
+from sprite_agent.event_log.resume import Trail, check_beginning, check_digest, cut_off
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import ArtifactRef
     from sprite_agent.contract.events import EventBuilder
     from sprite_agent.event_log.newest import Portion
-    from sprite_agent.event_log.records import Position, Record
+    from sprite_agent.event_log.records import Record
     from sprite_agent.event_log.resume import ResumeToken
 
 READ_AGAIN_AT_ONCE = 1024 * 1024
@@ -171,7 +171,7 @@ class LogIndex:
         return self._is_all_of(file, stamp) and self.is_sure
 
     def _is_all_of(self, file: tuple[int, int], stamp: Stamp) -> bool:
-        return (file, stamp) == (self._file, self._stamp) and stamp.size == self._trail.end
+        return (file, stamp) == (self._file, self._stamp) and stamp.size == self._trail.end and self._coming is None
 
     def view(self) -> LogView:
         """What the log is like, after `advance` has said that all was read."""
@@ -203,6 +203,7 @@ class LogIndex:
 
         Raises:
             CursorBeyondEnd: the log has fewer lines.
+            LogTruncated: it was cut off meanwhile.
         """
         if line > self._records.lines:
             raise CursorBeyondEnd(
@@ -317,4 +318,7 @@ class LogIndex:
             digest.update(data)
             lines += data.count(b"\n")
             at += len(data)
-        return digest, lines, offset == 0 or os.pread(log, 1, offset - 1) == b"\n"
+        last = os.pread(log, 1, offset - 1) if offset else b"\n"
+        if at < offset or not last:
+            raise cut_off(Position(lines, offset), os.fstat(log).st_size)
+        return digest, lines, last == b"\n"

@@ -45,6 +45,10 @@ _MAX_WAITING = 8
 """Calls that wait for a log which is still being read; each holds a thread."""
 
 
+def _never() -> bool:
+    return False
+
+
 class Opened(NamedTuple):
     """A reader, and what the log was like when it was made."""
 
@@ -181,28 +185,32 @@ class EventLog:
                     return self._index.view()
             yield
 
-    def newest_steps(self, stamp: LogStamp | None = None) -> Steps[Arrived]:
+    def newest_steps(self, stamp: LogStamp | None = None, is_over: Callable[[], bool] = _never) -> Steps[Arrived]:
         """What has come since the last call, not too much at once, for who keeps up with it (see `keep_newest`).
 
-        `stamp`: the log's, where the caller has just asked for it.
+        `stamp`: the log's, where the caller has just asked for it. `is_over`: whether somebody else may keep up with it
+        by now, to whom what has come belongs.
         """
         aim = Aim(_NEWEST_BYTES)
         while True:
             with self._lock:
+                if is_over():
+                    raise RuntimeError("the log is kept up with no longer")
                 log = self._found_again(stamp or self.stamp())
                 if self._index.advance(log, aim, soon=True):
                     return Arrived(self._index.view(), self._index.take_newest(), aim.is_all)
             stamp = None
             yield
 
-    def keep_newest(self, builder: EventBuilder | None) -> None:
+    def keep_newest(self, builder: EventBuilder | None, is_over: Callable[[], bool] = _never) -> None:
         """Begins to keep what comes into the log, for one who asks for it by `newest_steps`; None: ends to.
 
-        The builder says of each record whether it is malformed.
+        The builder says of each record whether it is malformed. `is_over`: as for that.
         """
         with self._lock:
-            self._index.keep_newest(builder)
-            self._let_go()
+            if not is_over():
+                self._index.keep_newest(builder)
+                self._let_go()
 
     def is_at(self, view: LogView, stamp: LogStamp) -> bool:
         """Whether a log with this stamp holds just what was read, and that is what `view` saw."""

@@ -107,7 +107,7 @@ class RecordReader:
                     continue
                 most, size = self.most
                 if done >= len(lines):
-                    last = data.rfind(b"\n", at, at + min(size, RUN_BYTES) + 1)
+                    last = data.rfind(b"\n", at, at + max(0, min(size, RUN_BYTES)) + 1)
                     lines, done = [] if last < 0 else data[at:last].split(b"\n"), 0
                 if run := self._run(lines[done : done + min(most, _RUN_LINES)]):
                     at, done = at + len(run.text) + 1, done + run.record_count

@@ -71,12 +71,13 @@ def check_beginning(log: int, generation: str, place: Position) -> None:
     head = os.pread(log, WINDOW_BYTES, 0)
     found = _digest_of_first_line(head)
     has_first_line = b"\n" in head or len(head) == WINDOW_BYTES
-    if found != generation and (has_first_line or size >= offset):
+    is_cut_off = len(head) < min(WINDOW_BYTES, size)
+    if found != generation and (has_first_line or size >= offset) and not is_cut_off:
         raise LogReplaced(
             f"the event log was replaced: it begins otherwise than when line {line} was read; replay from the start",
             details={**details, "newGeneration": found},
         )
-    if size < offset:
+    if size < offset or is_cut_off:
         raise LogTruncated(
             f"the event log was truncated: {size} bytes, and line {line} ended at byte {offset}; replay from the start",
             details={**details, "size": size},
@@ -106,6 +107,8 @@ class Trail:
         else:
             self._head = os.pread(log, min(WINDOW_BYTES, start.offset), 0)
             self._bytes = bytearray(_window_before(log, start.offset))
+            if min(len(self._head), len(self._bytes)) < min(WINDOW_BYTES, start.offset):
+                raise cut_off(start, os.fstat(log).st_size)
         self.digest = hashlib.sha256() if digest is None else digest
         """Of everything read, from the beginning of the log. Not to be updated."""
         self.sha256 = self.digest.hexdigest()
@@ -137,6 +140,8 @@ class Trail:
                 f"the event log was truncated while it was read: {size} bytes of {end}; replay from the start",
                 details={"line": position.line, "offset": position.offset, "size": size},
             )
+        if self.is_whole(log):
+            return cut_off(position, size)
         return _rewritten(self._generation, position)
 
     def extend(self, data: bytes, *, boundary: int, earliest: int) -> None:
@@ -184,6 +189,15 @@ class Trail:
 
 def _shortened(sha256: str) -> str:
     return sha256[:32]
+
+
+def cut_off(position: Position, size: int) -> LogTruncated:
+    """That the log was shorter for a moment."""
+    line, offset = position
+    return LogTruncated(
+        f"the event log was cut off while it was read up to line {line}; replay from the start",
+        details={"line": line, "offset": offset, "size": size},
+    )
 
 
 def _rewritten(generation: str, position: Position) -> HistoryRewritten:

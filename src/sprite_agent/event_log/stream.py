@@ -199,8 +199,9 @@ class _Stream:
             except (EventsNotFound, LoopNotFound, LogTruncated):
                 # Whoever removes a log or cuts it off may be about to write it anew: what is there then decides.
                 losses += 1
-                if not self._query.follow or losses > _LOSSES or self._is_over():
+                if not self._query.follow or losses > _LOSSES:
                     raise
+                self.close()  # it may be another file
                 await asyncio.sleep(_LOSS_PAUSE)
                 continue
             losses = 0

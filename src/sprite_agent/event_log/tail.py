@@ -110,6 +110,8 @@ class Tail:
         self._window = Window()
         self._waiting: dict[asyncio.Future[None], float] = {}
         """Who waits for another turn, and until when."""
+        self._is_closed = False
+        """What still runs in a thread then asks for it under the log's lock."""
         self._is_kept = False
         """Whether the log keeps what comes, for this."""
         self._has_moved = False
@@ -135,6 +137,7 @@ class Tail:
 
     def close(self) -> None:
         """Looks no more."""
+        self._is_closed = True
         if self._task is not None:
             self._task.cancel()
         if self._timer is not None:
@@ -241,7 +244,7 @@ class Tail:
         self._changes.are_there = self._changes.is_deaf
         self._stamp, self._looked_at = self._log.stamp(), time.monotonic()
         try:
-            look = self._log.newest_steps(self._stamp)
+            look = self._log.newest_steps(self._stamp, lambda: self._is_closed)
             arrived = self._piece_of(look) if self._log.is_quick(self._stamp) else None
             if arrived is not None:
                 self._publish(arrived)
@@ -277,7 +280,7 @@ class Tail:
     def _keep(self) -> None:
         """Has the log keep what comes."""
         builder = EventBuilder(source=self._source, trace_id=None, emitted_at=clock.now(), line_count=0)
-        self._log.keep_newest(builder)
+        self._log.keep_newest(builder, lambda: self._is_closed)
         self._is_kept = True
 
     def _is_to_be_reread(self) -> bool:
