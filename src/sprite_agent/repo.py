@@ -14,7 +14,7 @@ from sprite_agent.artifacts import ArtifactFiles, loop_paths
 from sprite_agent.callers import THIS_USER
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, check_request
-from sprite_agent.contract.streaming import check_query
+from sprite_agent.contract.streaming import check_query, check_texts
 from sprite_agent.control.attribution import find_unattributed
 from sprite_agent.control.command import Runtime
 from sprite_agent.control.engine import ControlEngine
@@ -126,6 +126,7 @@ class Repo:
             ArtifactMalformed: an artifact can't be read as what it should be.
             Starting: the log is still being read.
         """
+        check_texts(trace_id=trace_id, run_id=run_id)
         found = read_artifacts(self._files, loop_paths(loop_id), self._log(loop_id).refresh())
         reading = build_snapshot(found, repo=str(self.path), loop_id=loop_id, trace_id=trace_id, run_id=run_id)
         return replace(reading, findings=self._findings(loop_id, found.approval.value))
@@ -208,6 +209,7 @@ class Repo:
             LoopIdInvalid: the loop id can't be one.
         """
         check_loop_id(loop_id)
+        check_texts(idempotency_key=key)
         return self._engine.result(loop_id, key)
 
     def _findings(self, loop_id: str, approval: Any) -> tuple[Finding, ...]:

@@ -30,6 +30,7 @@ from sprite_agent.errors import (
     LogTruncated,
     LoopIdInvalid,
     OpsError,
+    RequestInvalid,
     RequestRefused,
     RuntimeMissing,
 )
@@ -842,6 +843,30 @@ async def test_a_key_of_another_request_is_refused_alike_on_both(both: Both, rep
     assert found[0] == found[1]
     assert found[0]["class"] is IdempotencyKeyReused
     assert len(executions(repo)) == 1
+
+
+async def test_an_iteration_is_the_same_however_it_is_written(both: Both, repo: LoopFiles) -> None:
+    repo.summarize({"run_id": "run-1", "iteration": 1})
+    repo.append(line(event()))
+    document = asked("cancel", confirmation=SKIPS, expectedIteration=1.0)
+
+    first, again = [await transport.execute(document) for transport in both]
+
+    assert again == {**first, "replayed": True}
+
+
+async def test_a_text_that_is_none_is_refused_alike_on_both(both: Both, repo: LoopFiles) -> None:
+    repo.append(line(event()))
+    lone = "\ud800"
+
+    for transport in both:
+        found = [
+            await facts(transport.snapshot(LOOP, trace_id=lone)),
+            await facts(transport.snapshot(LOOP, run_id=lone)),
+            await facts(events(transport, trace_id=lone)),
+            await facts(transport.get_control(LOOP, lone)),
+        ]
+        assert [each["class"] for each in found] == [RequestInvalid] * 4
 
 
 async def test_a_key_that_nobody_used_is_not_found_alike_on_both(both: Both) -> None:

@@ -1189,6 +1189,12 @@ def test_an_argument_that_is_no_text_is_an_error_and_no_traceback(
     assert ended.stderr
 
 
+def test_with_json_a_path_that_is_no_text_is_in_an_error_document(tmp_path: Path, env: dict[str, str]) -> None:
+    ended = run("snapshot", "--json", "--loop", "demo", "--repo", os.fsencode(tmp_path) + b"/\xff", env=env)
+
+    assert "\\udcff" in error_in(ended, 1)["message"]
+
+
 @pytest.mark.parametrize("token", [f"{TOKEN}\n", f"{TOKEN}é", f"{TOKEN}\x01"])
 def test_a_token_that_can_not_be_sent_is_an_error_and_never_shown(
     repo: Path, agent: str, env: dict[str, str], token: str

@@ -136,12 +136,14 @@ async def test_a_pending_approval_confirms_neither_decision(transport: _Changing
     assert (await look(transport, "reject", required="decision_recorded"))["confirmed"] is False
 
 
-@pytest.mark.parametrize("sign", ["approval", "event"])
+@pytest.mark.parametrize("sign", ["approval", "event", "decision"])
 async def test_a_rejection_confirms_a_reject(transport: _Changing, loop: LoopFiles, sign: str) -> None:
     if sign == "approval":
         loop.ask_approval(status="rejected")
-    else:
+    elif sign == "event":
         loop.append(line(event("approval_rejected")))
+    else:
+        loop.append(line(event("approval_decision", status="rejected")))
 
     record = await look(transport, "reject")
 

@@ -164,6 +164,11 @@ def test_a_part_of_a_second_does_not_reach_a_threshold() -> None:
     assert reasons(health(LIMITS, last_event_at=ago(299.9))) == []
 
 
+@pytest.mark.parametrize("written", ["2016-12-31T23:59:60Z", "2026-01-02t03:04:05z", "2026-01-02T03:04:05.5+01:00"])
+def test_whatever_rfc_3339_allows_grows_old(written: str) -> None:
+    assert reasons(health(LIMITS, last_event_at=written)) == [("ingest_stale", "critical")]
+
+
 def test_where_both_thresholds_are_one_the_reason_is_critical_at_once() -> None:
     limits = replace(LIMITS, ingest_lag_seconds=(60, 60))
 

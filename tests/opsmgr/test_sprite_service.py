@@ -111,7 +111,11 @@ async def _played(step: Any, request: bytes, context: Any) -> bytes:
     if isinstance(step, bytes):
         return step
     if isinstance(step, OpsError):
-        trailers = (("grpc-status-details-bin", to_status(step).SerializeToString()), ("x-ops-error-id", "a1b2"))
+        trailers = (
+            ("grpc-status-details-bin", to_status(step).SerializeToString()),
+            ("x-ops-error-id", "a1b2"),
+            ("x-ops-executed", {True: "true", False: "false", None: "unknown"}[step.executed]),
+        )
         await context.abort(grpc.StatusCode[step.status], step.message, trailers)
     if isinstance(step, Bare):
         await context.abort(step.code, "as told", step.trailers)
@@ -487,6 +491,24 @@ async def test_a_bug_of_the_agents_is_asked_about_again_with_the_same_key(tmp_pa
 
         assert caught.value.executed is None
         assert len(fake.requests["ExecuteControl"]) == QUICK.attempts
+
+
+async def test_a_bug_of_the_agents_that_a_read_meets_is_not_asked_about_again(tmp_path: Path) -> None:
+    async with faking(tmp_path, GetSnapshot=[InternalError("internal error")]) as (fake, transport):
+        with pytest.raises(InternalError):
+            await transport.snapshot(LOOP)
+
+        assert len(fake.requests["GetSnapshot"]) == 1
+
+
+async def test_an_answer_that_lost_its_trailers_on_the_way_does_not_say_that_nothing_was_run(tmp_path: Path) -> None:
+    status = to_status(ControlBusy("busy")).SerializeToString()
+    step = Bare(code=grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-status-details-bin", status),))
+    async with faking(tmp_path, ExecuteControl=[step]) as (_, transport):
+        with pytest.raises(ControlBusy) as caught:
+            await transport.execute(wanted())
+
+    assert caught.value.executed is None
 
 
 async def test_a_control_is_sent_again_byte_for_byte(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def reported(*, json: bool, trace_id: str | None = None, acts: bool = False) -> 
         yield
     except OpsError as error:
         if json:
-            print_json(error_document(error, trace_id))
+            print_json(_writable(error_document(error, trace_id)))
         else:
             note(f"{error.message} [{error.reason}]")
         unknown = isinstance(error, NoAnswer) or (acts and error.executed is None)
@@ -110,6 +110,13 @@ def error_document(error: OpsError, trace_id: str | None) -> dict[str, Any]:
             "details": {**error.details, **({"violations": dict(error.violations)} if error.violations else {})},
         },
     }
+
+
+def _writable(value: Any) -> Any:
+    """`value` with what has no UTF-8 form escaped: a path may have any bytes in it."""
+    if isinstance(value, dict):
+        return {_writable(name): _writable(item) for name, item in value.items()}
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _phase(error: OpsError) -> str:

@@ -6,16 +6,19 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sprite_agent.contract.events import whole_number
 from sprite_agent.contract.json_text import member
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:
     from opsmgr.transport.base import Transport
-    from sprite_agent.contract.envelopes import Intent, SnapshotEnvelope
+    from sprite_agent.contract.envelopes import EventEnvelope, Intent, SnapshotEnvelope
 
 _MAX_RUN_ID = 256
 """Characters of a run id that a request can expect."""
+_FURTHER = 16
+"""Times as many lines in each look for the last event as in the one before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,23 +68,35 @@ async def look_at(transport: Transport, snapshot: SnapshotEnvelope, intent: Inte
     return AtHand(
         snapshot=snapshot,
         run_id=_expectable(member(approval, "run_id") or snapshot["run"]["runId"]),
-        iteration=_whole(snapshot["run"]["iteration"] if iteration is None else iteration),
+        iteration=_whole(snapshot["run"]["iteration"] if iteration is None else whole_number(iteration)),
         approval_digest=snapshot["artifacts"]["approval"]["sha256"],
     )
 
 
 async def _run_of_last_event(transport: Transport, snapshot: SnapshotEnvelope) -> str | None:
     """The run of the last event; None: there is no event, or it can't be read."""
-    last = snapshot["cursor"]["eventLineOffset"]
-    if last == 0:
-        return None
-    query = EventQuery(loop_id=snapshot["source"]["loopId"], after_line=last - 1, max_events=1)
+    last = await last_event(transport, snapshot)
+    return None if last is None or last["run"]["runId"] == "unknown" else last["run"]["runId"]
+
+
+async def last_event(transport: Transport, snapshot: SnapshotEnvelope) -> EventEnvelope | None:
+    """The last event up to where a snapshot was taken; None: there is none, or it can't be read.
+
+    The last line need not be one: it may be blank, or of an object that is not closed yet. So it is looked for ever
+    further back.
+    """
+    end = snapshot["cursor"]["eventLineOffset"]
+    found: EventEnvelope | None = None
     with contextlib.suppress(OpsError):
-        async with contextlib.aclosing(transport.events(query)) as batches:
-            async for batch in batches:
-                for event in batch.events:
-                    return None if event["run"]["runId"] == "unknown" else event["run"]["runId"]
-    return None
+        back = 1
+        while found is None and back < end * _FURTHER:
+            query = EventQuery(loop_id=snapshot["source"]["loopId"], after_line=max(0, end - back), skip_malformed=True)
+            async with contextlib.aclosing(transport.events(query)) as batches:
+                async for batch in batches:
+                    within = [event for event in batch.events if event["cursor"]["eventLineOffset"] <= end]
+                    found = within[-1] if within else found
+            back *= _FURTHER
+    return found
 
 
 def _expectable(run_id: Any) -> str | None:

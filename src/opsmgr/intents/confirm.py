@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from opsmgr.intents.at_hand import last_event
 from sprite_agent.contract.confirmation import build_record, enough, evidence_from, find_effect
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ async def confirm(
     attempts = 0
     while True:
         attempts += 1
-        now = evidence_from((await transport.snapshot(loop_id, trace_id=trace_id)).envelope)
+        snapshot = (await transport.snapshot(loop_id, trace_id=trace_id)).envelope
+        # Which decision it was, only the event itself says.
+        decided = snapshot["health"]["lastEventName"] == "approval_decision"
+        last = await last_event(transport, snapshot) if decided else None
+        now = evidence_from(snapshot, None if last is None else last["event"]["raw"])
         finding = find_effect(intent, now, None)
         confirmed = enough(finding, required)
         if confirmed or time.monotonic() >= until:

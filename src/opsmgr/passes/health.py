@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,9 @@ from sprite_agent.contract.json_text import member
 if TYPE_CHECKING:
     from opsmgr.passes.thresholds import Thresholds
     from opsmgr.transport.base import TransportName
+
+_LEAP_SECOND = re.compile(r"(T\d\d:\d\d:)60")
+"""RFC 3339 has it, and small letters; Python reads neither."""
 
 FAILURES = {
     "snapshot_unavailable": "transport_unreachable",
@@ -120,7 +124,7 @@ def age(timestamp: str | None, now: datetime) -> int | None:
     if timestamp is None:
         return None
     try:
-        moment = datetime.fromisoformat(timestamp)
+        moment = datetime.fromisoformat(_LEAP_SECOND.sub(r"\g<1>59", timestamp.upper()))
     except ValueError:
         return None
     if moment.tzinfo is None:

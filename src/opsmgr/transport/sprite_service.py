@@ -25,7 +25,7 @@ from sprite_agent.contract import control_mirror, error_details, mirror
 from sprite_agent.contract.agent_state import Finding, JournalHead
 from sprite_agent.contract.loop_ids import check_loop_id
 from sprite_agent.contract.requests import DEFAULT_TIMEOUT, MAX_CONTROL_DEADLINE, check_request
-from sprite_agent.contract.streaming import check_query
+from sprite_agent.contract.streaming import check_query, check_texts
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ContractError, InternalError
 from sprite_agent.v1 import service_pb2 as pb
@@ -132,6 +132,7 @@ class SpriteServiceTransport:
     async def snapshot(self, loop_id: str, *, trace_id: str | None = None, run_id: str | None = None) -> Snapshot:
         """See `base.Transport`."""
         check_loop_id(loop_id)
+        check_texts(trace_id=trace_id, run_id=run_id)
         request = pb.GetSnapshotRequest(loop_id=loop_id, trace_id=trace_id, run_id=run_id)
         answer: pb.GetSnapshotResponse = await self._ask("GetSnapshot", request, READ_TIMEOUT)
         envelope = mirror.snapshot_from_message(answer.snapshot)
@@ -189,6 +190,8 @@ class SpriteServiceTransport:
 
     async def get_control(self, loop_id: str, key: str) -> ControlResult:
         """See `base.Transport`."""
+        check_loop_id(loop_id)
+        check_texts(idempotency_key=key)
         request = pb.GetControlRequest(loop_id=loop_id, idempotency_key=key)
         answer: pb.GetControlResponse = await self._ask("GetControl", request, READ_TIMEOUT)
         return result_from(answer.result)
@@ -255,7 +258,7 @@ class SpriteServiceTransport:
                 answer = await call
             except grpc.aio.AioRpcError as error:
                 self._compare_clocks(error.trailing_metadata(), began)
-                raise self._translated(error) from error
+                raise self._translated(error, acts=method == "ExecuteControl") from error
             self._compare_clocks(await call.trailing_metadata(), began)
             if answer is None:
                 raise _not_understood(ContractError("the answer is no message of this method"))
@@ -273,7 +276,7 @@ class SpriteServiceTransport:
             moment = datetime.fromisoformat(said or "").timestamp()
             self.clock_skew_seconds = round(moment - (began + time.time()) / 2, 1)
 
-    def _translated(self, error: grpc.aio.AioRpcError) -> OpsError:
+    def _translated(self, error: grpc.aio.AioRpcError, *, acts: bool = False) -> OpsError:
         """The error that the agent sent, or else what is known of the failure."""
         trailers = dict(error.trailing_metadata() or ())
         sent = trailers.get(error_details.STATUS_TRAILER)
@@ -281,11 +284,11 @@ class SpriteServiceTransport:
             with contextlib.suppress(ContractError, DecodeError):
                 refusal = error_details.from_status(
                     status_pb2.Status.FromString(sent),
-                    executed=_text(trailers.get(error_details.EXECUTED_TRAILER)),
+                    executed=_text(trailers.get(error_details.EXECUTED_TRAILER)) or "unknown",
                     error_id=_text(trailers.get(error_details.ERROR_ID_TRAILER)),
                 )
                 if isinstance(refusal, InternalError):
-                    refusal.retryable = True  # a control's key makes it safe, and a read is safe anyway
+                    refusal.retryable = acts  # a control's key makes it safe
                 _heed(_text(trailers.get(PUSHBACK_TRAILER)), refusal)
                 return refusal
         code = error.code()

@@ -80,7 +80,7 @@ def fingerprint(request: ControlRequest) -> str:
     Waiting time, trace id and provenance are no part of it.
     """
     confirmation = request.get("confirmation", {"mode": "wait"})
-    meaning = [request.get(name) for name in _MEANING]
+    meaning = [int(value) if isinstance(value := request.get(name), float) else value for name in _MEANING]
     meaning += [confirmation["mode"], confirmation.get("requiredEffect", "completed")]
     return hashlib.sha256(json_text.encode(meaning)).hexdigest()
 

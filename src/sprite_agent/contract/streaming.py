@@ -36,6 +36,20 @@ class EventQuery:
     trace_id: str | None = None
 
 
+def check_texts(**texts: str | None) -> None:
+    """Returns if each text has a form on the wire.
+
+    Raises:
+        RequestInvalid: one has a lone surrogate.
+    """
+    for name, text in texts.items():
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            fault = f"a lone surrogate at character {error.start}"
+            raise RequestInvalid(f"{name}: {fault}", violations=[(name, fault)]) from error
+
+
 def check_query(query: EventQuery) -> None:
     """Returns if `query` can be asked; both sides check alike.
 
@@ -43,6 +57,7 @@ def check_query(query: EventQuery) -> None:
         LoopIdInvalid, CursorInvalid, ResumeTokenInvalid, RequestInvalid: by the field at fault.
     """
     check_loop_id(query.loop_id)
+    check_texts(trace_id=query.trace_id)
     if not 0 <= query.after_line < 2**63:
         raise CursorInvalid(
             f"cursor {query.after_line} is no line; 0 starts from the first",
