@@ -34,7 +34,6 @@ class Started:
         folder.mkdir(mode=0o700, exist_ok=True)
         document = {
             "execution": folder.name,
-            "agent": os.getpid(),
             "command": ["/bin/sh", "-c", text],
             "environment": {"PATH": os.environ["PATH"]},
             "timeoutSeconds": DEADLINE,
@@ -243,8 +242,9 @@ with (
     executions.ready("0123456789abcdef", ["/bin/sh", "-c", sys.argv[3]], lane) as execution,
 ):
     executions.run(execution)
+    time.sleep(1000)
 """
-"""A process of its own that runs a line of shell."""
+"""A process of its own that runs a line of shell, and comes to no end."""
 
 
 def test_while_the_command_of_a_killed_agent_runs_the_lane_is_taken_and_then_free(
@@ -268,10 +268,35 @@ def test_while_the_command_of_a_killed_agent_runs_the_lane_is_taken_and_then_fre
         os.kill(int(pids.read_text()), signal.SIGKILL)
 
 
-def test_an_executor_whose_agent_lives_leaves_the_lane_to_it(start: Any, states: StateFolder) -> None:
+def test_when_an_agent_is_killed_after_its_command_the_lane_is_free(states: StateFolder, tmp_path: Path) -> None:
+    """Also where a child that never ends has inherited it, and however long the agent has lived since."""
+    child = tmp_path / "child"
+    text = f"sleep 1000 > /dev/null 2>&1 & echo $! > {child}"
+    with subprocess.Popen([sys.executable, "-c", AGENT, states.path, tmp_path / "repo", text]) as agent:
+        until((states.executions / "0123456789abcdef" / "result.json").exists, "the command has ended")
+        try:
+            with pytest.raises(ControlBusy), states.lane(0.3):
+                pass
+            agent.kill()
+
+            with states.lane(DEADLINE):
+                pass
+        finally:
+            agent.kill()
+            os.kill(int(child.read_text()), signal.SIGKILL)
+
+
+def test_an_executor_leaves_the_lane_to_its_agent_until_that_has_hung_up(start: Any, states: StateFolder) -> None:
     started = start("true")
-    started.tell(OPEN)
-    started.exit_code()
+    started.socket.send(OPEN)
+    assert started.socket.recv(1) == b""
+    assert started.result["exitCode"] == 0
 
     with pytest.raises(ControlBusy), states.lane(0.1):
+        pass
+    assert started.process.poll() is None
+    started.hang_up()
+
+    assert started.exit_code() == 0
+    with states.lane(0):
         pass

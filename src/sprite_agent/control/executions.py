@@ -82,7 +82,8 @@ class Executions:
         Args:
             execution_id: names its folder.
             command: the argument vector.
-            lane: descriptor of the lock that executor and command go on holding if this process is killed.
+            lane: descriptor of the lock that executor and command go on holding if this process is killed. A
+                command that was run to its end leaves it free after the block.
 
         Raises:
             NotExecuted: it can't be started, and nothing was run.
@@ -92,7 +93,10 @@ class Executions:
             try:
                 yield execution
             finally:
-                if not execution.was_released:
+                if execution.was_released:
+                    # Not before the outcome is recorded: while its agent lives it leaves the lane to it.
+                    self._executors.later(execution.process.end)
+                else:
                     execution.process.end(kill=True)
                     self.forget(execution_id)
         finally:
@@ -152,7 +156,6 @@ class Executions:
         place = self._folder / execution_id
         plan = {
             "execution": execution_id,
-            "agent": os.getpid(),
             "command": command,
             "environment": build_environment(self._user),
             "timeoutSeconds": self._timeout,
@@ -182,7 +185,6 @@ class Executions:
             process.end(kill=True)  # it is stuck: its command is ended below
         outcome = self.outcome(execution_id)
         if outcome is not None:
-            self._executors.later(process.end)
             return outcome
         exit_code = process.end()
         # A folder that is gone tells nothing: only an executor that says so, or one without its mark, ran nothing.

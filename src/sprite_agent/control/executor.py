@@ -10,8 +10,9 @@ alone. By it come two messages:
                 inherited by the command too
     the gate    one byte, when the plan may be run: the journal has the command's row
 
-Its end before the second means that the agent is gone, and nothing is run. USER is 1 where
-commands run as another user. What is left in the execution's folder below EXECUTIONS tells
+Its end before the second means that the agent is gone, and nothing is run. Its end after the
+result means that the agent has freed the lane, or is gone: then it is freed here. USER is 1
+where commands run as another user. What is left in the execution's folder below EXECUTIONS tells
 how far it got, whoever was killed meanwhile:
 
     process       which process is the command's, as /proc/<pid>/stat has it
@@ -57,7 +58,7 @@ _NO_NEW_PRIVILEGES = 38
 def main(executions: str, number: int, changes_user: int) -> int:
     """Waits for a plan and its gate, runs the command to its end and records it.
 
-    The end of the socket tells the agent that the result is there; the exit code is of use to nobody else.
+    The end of what it sends tells the agent that the result is there; the exit code is of use to nobody else.
     """
     os.set_inheritable(number, False)  # noqa: FBT003  # its one parameter has no other form
     command = Command(_privileges_dropper() if changes_user else None, not_its_own=number)
@@ -83,12 +84,13 @@ def main(executions: str, number: int, changes_user: int) -> int:
         result = _run(command, plan, text, lane)
         hit("ran")
         _record(draft, result)
-        agent.shutdown(socket.SHUT_RDWR)
+        agent.shutdown(socket.SHUT_WR)
         _sync(".")  # while the agent, if there still is one, records the result for good
         hit("recorded")
-        if os.getppid() != plan["agent"]:
-            # Nobody is left to free the lane, and a child of the command may hold it for ever.
-            fcntl.flock(lane, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):
+            agent.recv(1)  # nothing but its end: until then the lane is the agent's to free
+        # Nobody else may be left to free it, and a child of the command may hold it for ever.
+        fcntl.flock(lane, fcntl.LOCK_UN)
         return 0
 
 
