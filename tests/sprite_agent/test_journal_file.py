@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,6 @@ from support.runtime import executions, made_folder, request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from sprite_agent.repo import Repo
     from support.repos import LoopFiles
@@ -94,6 +94,26 @@ def test_who_is_too_late_to_make_it_takes_the_one_that_is_there(
 
     assert opened_id(path) == made[0]
     assert names(state) == {"journal.sqlite3", "journal.id"}
+
+
+@pytest.mark.parametrize(
+    "look", [opened_id, find_faults, read_audit], ids=["who opens it", "who checks it", "who reads its audit"]
+)
+def test_one_that_is_made_between_two_looks_is_not_taken_for_lost(
+    state: Path, path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Path], object]
+) -> None:
+    exists = Path.exists
+
+    def then_made(place: Path) -> bool:
+        found = exists(place)
+        monkeypatch.setattr(Path, "exists", exists)
+        opened_id(path)
+        return found
+
+    state.mkdir(mode=0o700)
+    monkeypatch.setattr(Path, "exists", then_made)
+
+    assert look(path) in (opened_id(path), [])
 
 
 def test_one_that_could_not_be_made_leaves_nothing_and_is_made_the_next_time(

@@ -43,11 +43,11 @@ def open_journal(path: Path) -> tuple[sqlite3.Connection, str]:
         JournalUnavailable: it can't be opened or written.
     """
     with translated(path):
+        if _is_lost(path):
+            raise JournalCorrupt(
+                f"journal {path} is gone: put it back, or begin another one with 'sprite-agent journal reset'"
+            )
         if not path.exists():
-            if _marker(path).exists():
-                raise JournalCorrupt(
-                    f"journal {path} is gone: put it back, or begin another one with 'sprite-agent journal reset'"
-                )
             _make(path)
         tables = _connect(path)
         try:
@@ -67,8 +67,10 @@ def find_faults(path: Path) -> list[str]:
     Raises:
         JournalUnavailable: it can't be opened.
     """
+    if _is_lost(path):
+        return [f"journal {path} is gone"]
     if not path.exists():
-        return [f"journal {path} is gone"] if _marker(path).exists() else []
+        return []
     try:
         with translated(path), contextlib.closing(_connect(path)) as tables:
             _checked(path, tables)
@@ -85,9 +87,9 @@ def read_audit(path: Path) -> list[AuditEntry]:
         JournalCorrupt: it is gone, or can't be read.
         JournalUnavailable: it can't be opened.
     """
+    if _is_lost(path):
+        raise JournalCorrupt(f"journal {path} is gone")
     if not path.exists():
-        if _marker(path).exists():
-            raise JournalCorrupt(f"journal {path} is gone")
         return []
     with translated(path), contextlib.closing(_connect(path)) as tables:
         return list(audit.entries(tables))
@@ -141,6 +143,12 @@ def _connect(path: Path) -> sqlite3.Connection:
         tables.close()
         raise
     return tables
+
+
+def _is_lost(path: Path) -> bool:
+    """Whether there was a journal at `path` and there is none any more."""
+    # In this order: another process may be making both, the journal before its marker.
+    return _marker(path).exists() and not path.exists()
 
 
 def _make(path: Path) -> None:
