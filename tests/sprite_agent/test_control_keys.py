@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from sprite_agent.contract.requests import check_request, fingerprint
+from sprite_agent.control.state_folder import StateFolder
 from sprite_agent.errors import ControlBusy, ControlNotFound, IdempotencyKeyReused, OpsError
 from sprite_agent.repo import Repo
 from support.repos import LOOP, STANDIN, put
@@ -36,6 +37,8 @@ from support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from sprite_agent.contract.envelopes import ControlResult
@@ -251,6 +254,33 @@ def test_a_key_asked_by_several_processes_at_once_is_run_once(loop: LoopFiles, s
     assert len(executions(loop)) == 1
     assert sorted(result["replayed"] for result in results) == [False, True, True]
     assert all(again(result) == again(results[0]) for result in results)
+
+
+def test_who_waits_for_the_lane_while_another_process_runs_the_key_waits_for_its_result(
+    make_repo: MakeRepo, loop: LoopFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = script(tmp_path / "superloop", "exit 0")
+    first, second = make_repo(runtime), make_repo(runtime)
+    document = request("reject", confirmation=WAITS)
+    lane = StateFolder.lane
+    with ThreadPoolExecutor() as pool:
+        asked: list[Future[ControlResult]] = []
+
+        def then_run(folder: StateFolder, timeout: float) -> AbstractContextManager[int]:
+            monkeypatch.setattr(StateFolder, "lane", lane)
+            asked.append(pool.submit(first.execute, document))
+            until(lambda: state_of(first) == "executed", "the effect is being looked for")
+            return lane(folder, timeout)
+
+        monkeypatch.setattr(StateFolder, "lane", then_run)
+        waiting = pool.submit(second.execute, document)
+        until(lambda: state_of(first) == "executed", "the effect is being looked for")
+        done, _ = wait([waiting], timeout=0.3)
+        mark = mark_in(first.get_control(LOOP, "key-1"))
+        loop.ask_approval(status="rejected", decision={"by": mark})
+
+        assert not done
+        assert waiting.result() == again(asked[0].result())
 
 
 def test_who_asks_while_the_command_runs_waits_for_its_result(

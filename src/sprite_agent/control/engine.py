@@ -204,25 +204,25 @@ class ControlEngine:
     def _lead(self, request: ControlRequest, caller: Caller, deadline: float) -> ControlResult:
         """Answers for the key of a flight that this call leads: nobody else in this process works on it."""
         place = request["loopId"], request["idempotencyKey"]
-        while (entry := self.journal.find(*place)) is not None:
+        while True:
+            if (entry := self.journal.find(*place)) is None:
+                with self._lane(LANE_WAIT) as lane:
+                    # Looked up again: another process may have used the key while this call waited.
+                    if self.journal.find(*place) is None:
+                        entry = self._carry_out(self._new_row(request, caller), lane)
+                        break
+                continue
             _refuse_another_request(entry, request)
             if entry.state == "done":
                 return replayed(entry.result)
             if self._is_abandoned(entry):
                 self._finish(entry, LANE_WAIT)
             elif time.monotonic() >= deadline:
-                raise _still_worked_on(place[1])
+                raise ControlBusy(
+                    f"key {place[1]!r} is still being worked on; ask again with the same key", retry_after=1.0
+                )
             else:
                 time.sleep(min(_POLL, max(0.0, deadline - time.monotonic())))
-        with self._lane(LANE_WAIT) as lane:
-            # Looked up again: another process may have used the key while this call waited.
-            entry = self.journal.find(*place)
-            if entry is None:
-                entry = self._carry_out(self._new_row(request, caller), lane)
-            elif entry.state != "done" or entry.origin.fingerprint != fingerprint(request):
-                raise _still_worked_on(place[1])
-            else:
-                return replayed(entry.result)
         return entry.result if entry.state == "done" else self._conclude(entry).result
 
     def _new_row(self, request: ControlRequest, caller: Caller) -> NewRow:
@@ -380,7 +380,3 @@ def _refuse_another_request(entry: Entry, request: ControlRequest) -> None:
             f" {entry.result['requestedBy']}); use a new key for a new request",
             details={"idempotencyKey": key, "loopId": request["loopId"]},
         )
-
-
-def _still_worked_on(key: str) -> ControlBusy:
-    return ControlBusy(f"key {key!r} is still being worked on; ask again with the same key", retry_after=1.0)
