@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from sprite_agent.callers import Caller
+    from sprite_agent.callers import Caller, Proof
     from sprite_agent.contract.agent_state import Finding, JournalHead
     from sprite_agent.contract.envelopes import ControlResult
     from sprite_agent.contract.streaming import EventBatch, EventQuery
@@ -186,6 +186,10 @@ class Repo:
     def note_refusal(self, facts: dict[str, Any]) -> None:
         """Notes in the audit that a call was refused before it came here; not each one, if there are very many."""
         self._engine.note_refusal(facts)
+
+    def use_up(self, proof: Proof) -> None:
+        """Remembers the signature of a control that was refused, as far as the journal can be written."""
+        self._engine.use_up(proof)
 
     def nonces(self) -> list[tuple[str, str, float]]:
         """(key id, nonce, Unix time until which it counts) of the signatures that controls came with.

@@ -19,6 +19,7 @@ from sprite_agent.contract.proofs import verify
 from sprite_agent.contract.signatures import digest, encode
 from sprite_agent.errors import (
     ActorInvalid,
+    ApprovalNotPending,
     OpsError,
     ReplayCacheFull,
     RequestUndecodable,
@@ -393,6 +394,26 @@ async def test_a_control_is_not_run_again_by_its_signature_after_a_restart_and_i
     assert results[0] == results[1]
     assert len(executions(repo)) == 1
     found("T20", "the same signature after a restart: refused; signed anew: the same answer, 1 execution")
+
+
+async def test_a_control_that_was_refused_is_not_run_by_its_signature_after_a_restart(
+    config: ServeConfig, repo: LoopFiles, tmp_path: Path
+) -> None:
+    """Though what it was refused for is so no more."""
+    files, tokens = sources(tmp_path)
+    config = dataclasses.replace(
+        config, token=None, token_file=files.token_file, trusted_keys=files.trusted_keys, require_signature="control"
+    )
+    sent = metadata(tokens["full"], ADA.signed(EXECUTE, BODY, token=tokens["full"]))
+    answers = []
+    for _ in range(2):
+        async with running(config) as address, grpc.aio.insecure_channel(address) as channel:
+            answers.append(await answer(channel, EXECUTE, BODY, sent))
+        repo.ask_approval()
+
+    assert [type(each) for each in answers] == [ApprovalNotPending, SignatureReplayed]
+    assert executions(repo) == []
+    found("T20", "the signature of a refused control after a restart: refused, 0 executions")
 
 
 async def test_without_room_to_remember_it_no_signature_is_taken(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,6 +350,16 @@ def test_a_refusal_that_cannot_be_audited_is_the_same_refusal(make_repo: MakeRep
     repo.note_refusal({"reason": "TOKEN_MISSING"})
 
 
+def test_a_refused_signature_that_cannot_be_remembered_changes_no_answer(make_repo: MakeRepo, state: Path) -> None:
+    repo = make_repo()
+    repo.execute(request("cancel"))
+    (state / "journal.sqlite3").unlink()
+    proof = signed().proof
+    assert proof is not None
+
+    repo.use_up(proof)
+
+
 @pytest.mark.parametrize(
     "damage",
     ["printf 'not a database, and long enough to be seen as none of those: %500s' x > {journal}", "rm {journal}"],

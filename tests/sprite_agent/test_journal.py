@@ -272,6 +272,21 @@ def test_a_signature_that_has_expired_is_forgotten_when_the_journal_is_opened(st
         assert [nonce for _, nonce, _ in later.nonces()] == ["n-2"]
 
 
+def test_a_signature_that_no_row_came_of_is_remembered_until_it_has_expired(state: Path) -> None:
+    expired, used = proved("n-1", -1).proof, proved("n-2").proof
+    assert expired is not None
+    assert used is not None
+    with opened(state) as first:
+        for proof in (expired, used, used):
+            first.use_up(proof)
+
+        assert first.nonces() == [("k-1", "n-2", used.expires)]
+        with pytest.raises(SignatureReplayed):
+            begun(first, caller=Caller(identity="ops-1", proof=used))
+    with opened(state) as later:
+        assert later.nonces() == [("k-1", "n-2", used.expires)]
+
+
 # The audit.
 
 

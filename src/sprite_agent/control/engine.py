@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sprite_agent.artifacts import ArtifactFiles
-    from sprite_agent.callers import Caller
+    from sprite_agent.callers import Caller, Proof
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.control.command import Runtime
     from sprite_agent.control.executions import Execution, Executions
@@ -196,6 +196,11 @@ class ControlEngine:
                 details={"loopId": loop_id, "idempotencyKey": key},
             )
         return replayed(entry.result)
+
+    def use_up(self, proof: Proof) -> None:
+        """Remembers the signature of a control that was refused; a journal that can't be written changes no answer."""
+        with contextlib.suppress(JournalCorrupt, JournalUnavailable):
+            self.journal.use_up(proof)
 
     def note_refusal(self, facts: dict[str, Any]) -> None:
         """Notes in the audit that a call was refused before it came here."""

@@ -24,7 +24,7 @@ from sprite_agent.errors import IdempotencyKeyReused, JournalCorrupt, JournalUna
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sprite_agent.callers import Caller
+    from sprite_agent.callers import Caller, Proof
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.control.audit import AuditEntry
     from sprite_agent.control.state_folder import StateFolder
@@ -203,12 +203,22 @@ class Journal:
         with self._transaction() as tables:
             audit.append(tables, kind, body)
 
+    def use_up(self, proof: Proof) -> None:
+        """Remembers a signature that no row came of, until it would not be taken anyway.
+
+        Raises:
+            JournalCorrupt, JournalUnavailable
+        """
+        with self._transaction() as tables:
+            _forget_expired(tables)  # not only at the next opening: nothing else limits how many there are
+            tables.execute("INSERT OR IGNORE INTO nonce VALUES (?, ?, ?)", _nonce_row(proof))
+
     def _prune(self) -> None:
         week_ago = time.time() - RETENTION_SECONDS
         with self._transaction() as tables:
             journal_rows.prune(tables, before=week_ago, keep=KEPT_ROWS)
             audit.prune(tables, keep_from=datetime.fromtimestamp(week_ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-            tables.execute("DELETE FROM nonce WHERE expires < ?", (time.time(),))
+            _forget_expired(tables)
 
     def _place_of(self, tables: sqlite3.Connection, request: ControlRequest) -> int:
         """The number for a new row: that of a released row of the key, else the next one."""
@@ -223,9 +233,8 @@ class Journal:
     def _remember(self, tables: sqlite3.Connection, caller: Caller) -> None:
         if caller.proof is None:
             return
-        row = (caller.proof.key_id, caller.proof.nonce, caller.proof.expires)
         try:
-            tables.execute("INSERT INTO nonce VALUES (?, ?, ?)", row)
+            tables.execute("INSERT INTO nonce VALUES (?, ?, ?)", _nonce_row(caller.proof))
         except sqlite3.IntegrityError as error:
             raise SignatureReplayed("the signature was used before; sign each attempt anew") from error
 
@@ -300,3 +309,11 @@ class Journal:
             same = False
         if not same:
             raise JournalCorrupt(f"journal {self._path} was exchanged while it was open; restart what uses it")
+
+
+def _forget_expired(tables: sqlite3.Connection) -> None:
+    tables.execute("DELETE FROM nonce WHERE expires < ?", (time.time(),))
+
+
+def _nonce_row(proof: Proof) -> tuple[str, str, float]:
+    return proof.key_id, proof.nonce, proof.expires

@@ -16,7 +16,16 @@ from sprite_agent.contract import clock, control_mirror, mirror
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS
 from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
 from sprite_agent.control.journal import RETENTION_SECONDS
-from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, RequestInvalid, Starting, UnknownFields
+from sprite_agent.errors import (
+    ContractError,
+    DeadlineInvalid,
+    Draining,
+    JournalCorrupt,
+    JournalUnavailable,
+    RequestInvalid,
+    Starting,
+    UnknownFields,
+)
 from sprite_agent.event_log.newest import MAX_BATCH_EVENTS
 from sprite_agent.event_log.records import MAX_RECORD_BYTES
 from sprite_agent.face.answers import Answer, OpenCalls, answered
@@ -27,7 +36,7 @@ from sprite_agent.v1 import envelopes_pb2, service_pb2_grpc
 from sprite_agent.v1 import service_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     import grpc
 
@@ -178,6 +187,10 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
     ) -> pb.ExecuteControlResponse:
         """See the proto."""
         self._limits.count_control(CALLER.get().identity)
+        with self._using_up_its_signature():
+            return self._execute(request, context)
+
+    def _execute(self, request: pb.ExecuteControlRequest, context: grpc.ServicerContext) -> pb.ExecuteControlResponse:
         self._refuse_while_draining()
         if self._starting:
             raise Starting("the agent is finding out how the last controls came out; try again", retry_after=0.5)
@@ -217,6 +230,18 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         if self._made is None or self._made[0] is not batch or self._made[1] is not head:
             self._made = batch, head, _batch_to_message(batch, head, source)
         return self._made[2]
+
+    @contextlib.contextmanager
+    def _using_up_its_signature(self) -> Iterator[None]:
+        """What was run has its signature in its row; that of a refused call is to be of no use after a restart too."""
+        try:
+            yield
+        except (JournalCorrupt, JournalUnavailable):
+            raise  # there is nowhere to remember it
+        except Exception:
+            if (proof := CALLER.get().proof) is not None:
+                self._repo.use_up(proof)
+            raise
 
     def _refuse_while_draining(self) -> None:
         if self._draining:
