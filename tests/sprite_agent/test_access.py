@@ -299,7 +299,14 @@ async def count_to_the_end(following: Any) -> int:
 
 @pytest.mark.parametrize(
     ("what", "refused"),
-    [("token", TokenInvalid), ("key", SignatureKeyUnknown), ("end", SignatureKeyExpired), ("scope", ScopeMissing)],
+    [
+        ("token", TokenInvalid),
+        ("key", SignatureKeyUnknown),
+        ("another key of its name", SignatureKeyUnknown),
+        ("another issuer", SignatureKeyUnknown),
+        ("end", SignatureKeyExpired),
+        ("scope", ScopeMissing),
+    ],
 )
 async def test_a_stream_ends_when_what_it_was_opened_with_is_revoked(
     config: ServeConfig, repo: LoopFiles, tmp_path: Path, what: str, refused: type[OpsError]
@@ -315,6 +322,10 @@ async def test_a_stream_ends_when_what_it_was_opened_with_is_revoked(
             put_tokens(tmp_path / "tokens", t1=["read"])
         elif what == "key":
             put_keys(keys)
+        elif what == "another key of its name":
+            put_keys(keys, Manager().trusted())
+        elif what == "another issuer":
+            put_keys(keys, Manager(issuer="opsmgr-2", key=ADA.key).trusted())
         elif what == "end":
             put_keys(keys, ADA.trusted(not_after=1.0))
         else:
@@ -333,12 +344,13 @@ def test_a_stream_ends_when_the_time_of_its_token_is_over(tmp_path: Path) -> Non
     now = [0.0]
     access = Access(CredentialFiles(CredentialSources(token_file=tmp_path / "tokens")), now=lambda: now[0])
     call = access.identify(STREAM, metadata(text))
-    access.check_still(call, None)
+    admission = access.admit(call, b"", ())
+    access.check_still(call, admission)
 
     now[0] = 61.0
 
     with pytest.raises(TokenInvalid):
-        access.check_still(call, None)
+        access.check_still(call, admission)
 
 
 async def test_a_stream_goes_on_while_other_credentials_change(

@@ -68,6 +68,8 @@ class Admission:
     """Who has signed it; None: nobody, and nobody has to."""
     scopes: tuple[frozenset[str], ...]
     """Of all that it came with, token and key; each has to allow what it asks for."""
+    key: TrustedKey | None = None
+    """The one it is signed with, as it was known then: its id may be given to another."""
 
 
 class Access:
@@ -148,16 +150,18 @@ class Access:
         keys = self._credentials.in_force().keys
         proof = self._proof(call, content, keys)
         scopes = _scopes_of(call)
+        key = None
         if proof is not None:
             if certificate_names and proof.issuer not in certificate_names:
                 raise SignatureKeyUnknown(f"the caller's certificate is not that of issuer {proof.issuer!r}")
-            scopes += (keys[proof.key_id].scopes,)
+            key = keys[proof.key_id]
+            scopes += (key.scopes,)
         _check_scopes(call, scopes)
         if proof is not None:
             self.replays.take(proof)  # last: nothing is remembered of a signature that is good for nothing
-        return Admission(proof=proof, scopes=scopes)
+        return Admission(proof=proof, scopes=scopes, key=key)
 
-    def check_still(self, call: Call, proof: Proof | None) -> None:
+    def check_still(self, call: Call, admission: Admission) -> None:
         """Returns if a stream may go on: what it was opened with may have ended, or been revoked, since.
 
         Raises:
@@ -169,12 +173,12 @@ class Access:
             if not same:
                 raise TokenInvalid("the bearer token is no longer this agent's")
             _check_scopes(call, [token.scopes for token in same])
-        if proof is not None:
-            key = found.keys.get(proof.key_id)
-            if key is None:
-                raise SignatureKeyUnknown(f"key {proof.key_id!r} is no longer trusted")
+        if admission.key is not None:
+            key = found.keys.get(admission.key.key_id)
+            if key is None or (key.issuer, key.public) != (admission.key.issuer, admission.key.public):
+                raise SignatureKeyUnknown(f"key {admission.key.key_id!r} is no longer trusted")
             if not key.is_valid(now):
-                raise SignatureKeyExpired(f"key {proof.key_id!r} is no longer valid")
+                raise SignatureKeyExpired(f"key {key.key_id!r} is no longer valid")
             _check_scopes(call, [key.scopes])
 
     def _proof(self, call: Call, content: bytes, keys: Mapping[str, TrustedKey]) -> Proof | None:

@@ -18,7 +18,7 @@ from sprite_agent.quota import Quota
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from sprite_agent.face.access import Access, Call
+    from sprite_agent.face.access import Access, Admission, Call
     from sprite_agent.face.metrics import AgentMetrics
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
@@ -74,7 +74,7 @@ class Auth(grpc.aio.ServerInterceptor):
     def _single(self, handler: Any, call: Call) -> Callable[[bytes, Any], Any]:
         def answer(content: bytes, context: Any) -> Any:
             try:
-                request = self._admitted(call, content, handler.request_deserializer)
+                request, _ = self._admitted(call, content, handler.request_deserializer)
             except Exception as error:  # noqa: BLE001  # of a bug nothing may reach the peer either
                 return self._refuse(call.method, error, context)
             return handler.unary_unary(request, context)
@@ -88,14 +88,14 @@ class Auth(grpc.aio.ServerInterceptor):
     def _streaming(self, handler: Any, call: Call) -> Callable[[bytes, Any], Awaitable[None]]:
         async def answer(content: bytes, context: Any) -> None:
             try:
-                request = self._admitted(call, content, handler.request_deserializer)
+                request, admission = self._admitted(call, content, handler.request_deserializer)
             except Exception as error:  # noqa: BLE001  # likewise
                 self._refuse(call.method, error, context)
                 return
             async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
                 async for response in responses:
                     try:
-                        self._access.check_still(call, CALLER.get().proof)
+                        self._access.check_still(call, admission)
                     except Exception as error:  # noqa: BLE001  # likewise
                         self._tell(error)
                         with contextlib.suppress(StopAsyncIteration):
@@ -105,8 +105,8 @@ class Auth(grpc.aio.ServerInterceptor):
 
         return answer
 
-    def _admitted(self, call: Call, content: bytes, decode: Callable[[bytes], Any]) -> Any:
-        """The request, once it is known who sent it and that they may; CALLER says who.
+    def _admitted(self, call: Call, content: bytes, decode: Callable[[bytes], Any]) -> tuple[Any, Admission]:
+        """The request, once it is known who sent it and that they may, and why; CALLER says who.
 
         Raises:
             SignatureRefused, ScopeMissing, ActorInvalid, RequestUndecodable
@@ -124,7 +124,7 @@ class Auth(grpc.aio.ServerInterceptor):
             raise RequestUndecodable(f"the request's {len(content)} bytes are no message of this method") from error
         if call.is_control:
             check_control(request, admission)
-        return request
+        return request, admission
 
     def _refuse(self, method: str, error: Exception, context: Any) -> None:
         name = method.rpartition("/")[2]
