@@ -228,35 +228,33 @@ class ArtifactFiles:
 
         Raises:
             ArtifactNotRegular
-            ArtifactMalformed: it is too large, or no JSON object, also after re-reading it
-                for a tenth of a second.
+            ArtifactMalformed: it is too large, no JSON object, or rewritten while it is read, also after re-reading
+                it for a tenth of a second.
         """
         reads = 0
         while True:
-            content, ref = self._read(path, limit)
             reads += 1
-            if content is None:
-                return Document(value=None, ref=ref)
             try:
-                return Document(value=json_text.parse_object(content.strip()), ref=ref)
+                content, ref = self._read(path, limit)
+                value = None if content is None else json_text.parse_object(content.strip())
+                return Document(value=value, ref=ref)
             except ContractError as error:
                 if reads == _MAX_READS:
                     raise ArtifactMalformed(
-                        f"{self.repo / path} can't be read: {error} ({ref['sizeBytes']} bytes, read {reads} times)",
-                        details={"path": path},
+                        f"{self.repo / path} can't be read: {error} (read {reads} times)", details={"path": path}
                     ) from error
             time.sleep(_REREAD_PAUSE)
 
     def _read(self, path: str, limit: int) -> tuple[bytes | None, ArtifactRef]:
+        """What the file holds and is; raises ContractError when it was rewritten meanwhile."""
         descriptor = self.open(path)
         if descriptor is None:
             return None, missing_ref(path)
         try:
             content = os.read(descriptor, _PIECE)
+            status = os.fstat(descriptor)
             if len(content) == _PIECE:  # else it ended there: it is a regular file
-                with os.fdopen(os.dup(descriptor), "rb") as file:
-                    content += file.read(limit + 1)
-            modified = int(os.fstat(descriptor).st_mtime)
+                content, status = _read_all(descriptor, limit, status)
         finally:
             os.close(descriptor)
         if len(content) > limit:
@@ -267,7 +265,7 @@ class ArtifactFiles:
             "sizeBytes": len(content),
             "lineCount": content.count(b"\n"),
             "sha256": hashlib.sha256(content).hexdigest(),
-            "mtimeEpoch": modified,
+            "mtimeEpoch": int(status.st_mtime),
         }
 
     def _refused(self, path: str, error: OSError) -> ArtifactNotRegular | ArtifactMalformed:
@@ -298,6 +296,21 @@ class _KeptFolders(ArtifactFiles):
         for folder in self._folders.values():
             if folder is not None:
                 os.close(folder)
+
+
+def _read_all(descriptor: int, limit: int, before: os.stat_result) -> tuple[bytes, os.stat_result]:
+    """What a file holds from its beginning, and what it is: as it was `before`, or ContractError is raised.
+
+    One that takes several reads could be of two contents, each of which parses to the end of the other.
+    """
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        content = file.read(limit + 1)
+    after = os.fstat(descriptor)
+    for name in ("st_size", "st_mtime_ns", "st_ctime_ns"):
+        if getattr(before, name) != getattr(after, name):
+            raise ContractError("it was rewritten while it was read")
+    return content, after
 
 
 def missing_ref(path: str) -> ArtifactRef:

@@ -325,6 +325,47 @@ def test_a_file_that_is_just_being_rewritten_is_read_again(
     writer.join()
 
 
+LONG = b'{"first": %d, "filler": "' + b" " * 100_000 + b'", "last": %d}'
+"""A document that takes more than one read."""
+
+
+def rewriting(monkeypatch: pytest.MonkeyPatch, path: Path, *, after: str, times: int) -> None:
+    """Has a document rewritten in place after each such call of the system's, so often."""
+    call = getattr(os, after)
+    seen: list[object] = []
+
+    def then_rewritten(*words: int) -> object:
+        found = call(*words)
+        if len(seen) < times:
+            seen.append(found)
+            path.write_bytes(LONG % (len(seen), len(seen)) + b" " * len(seen))  # the clock of files is too coarse
+        return found
+
+    path.write_bytes(LONG % (0, 0))
+    monkeypatch.setattr(os, after, then_rewritten)
+
+
+@pytest.mark.parametrize(("after", "times"), [("read", 1), ("fstat", 2), ("fstat", 5)])
+def test_a_file_that_is_rewritten_between_two_reads_of_it_is_read_again(
+    files: ArtifactFiles, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, after: str, times: int
+) -> None:
+    rewriting(monkeypatch, loop.state, after=after, times=times)
+
+    value = files.read_document(STATE).value
+
+    assert value is not None
+    assert (value["first"], value["last"]) == (times, times)
+
+
+def test_a_file_that_is_rewritten_all_the_time_is_malformed_and_named(
+    files: ArtifactFiles, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewriting(monkeypatch, loop.state, after="fstat", times=1000)
+
+    with pytest.raises(ArtifactMalformed, match=r"state\.json can't be read: it was rewritten while it was read"):
+        files.read_document(STATE)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
