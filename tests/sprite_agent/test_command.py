@@ -97,6 +97,24 @@ def test_a_runtime_that_was_changed_is_untrusted(tmp_path: Path) -> None:
     assert untrusted.value.executed is False
 
 
+@pytest.mark.parametrize("configured", [{"sha256": "0" * 64}, {"user": SOMEBODY}], ids=["digest", "user"])
+def test_a_runtime_that_is_taken_away_while_it_is_checked_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: dict[str, Any]
+) -> None:
+    path = Path(script(tmp_path / "superloop", "exit 0"))
+    is_file = Path.is_file
+
+    def then_gone(self: Path) -> bool:
+        found = is_file(self)
+        path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", then_gone)
+
+    with pytest.raises(RuntimeMissing, match=f"{path} can't be looked into: No such file or directory"):
+        find_runtime(Runtime(path=str(path), **configured))
+
+
 @pytest.fixture
 def runtime(tmp_path: Path) -> Path:
     """A runtime that only the user of the tests can change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import urllib.request
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import grpc
 import pytest
 from conftest import TOKEN
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from opsmgr.transport.sprite_service import SpriteServiceTransport
@@ -20,6 +21,7 @@ from sprite_agent.errors import LoopNotFound, TokenInvalid
 from sprite_agent.face import readiness
 from sprite_agent.face.metrics import AgentMetrics
 from sprite_agent.face.server import CONTROL_NAME, SERVICE_NAME, ServeError, running
+from sprite_agent.repo import Repo
 from support.following import Follower
 from support.http2 import connected, message
 from support.repos import LOOP, event, line
@@ -28,7 +30,9 @@ from support.waiting import DEADLINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+    from sprite_agent.errors import OpsError
     from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
@@ -209,6 +213,27 @@ async def test_control_has_a_health_of_its_own(
 
     assert reads == (statuses.SERVING, statuses.SERVING)
     assert served == 0
+
+
+async def test_a_bug_in_a_look_at_control_is_told_as_its_health_and_not_the_last_word(
+    metrics: AgentMetrics, repo: LoopFiles, tmp_path: Path
+) -> None:
+    bugs = [ZeroDivisionError("a bug"), None]
+
+    class Broken(Repo):
+        def control_fault(self) -> OpsError | None:
+            if (bug := bugs.pop(0)) is not None:
+                raise bug
+            return None
+
+    healths = health.aio.HealthServicer()
+    with contextlib.closing(Broken(repo.repo, state_folder=tmp_path / "state", runtime=None)) as core:
+        control = readiness.ControlReadiness(CONTROL_NAME, core, healths, metrics)
+        await control.look()
+        after_a_bug = counts(metrics, "sprite_agent_control_serving")
+        await control.look()
+
+    assert (after_a_bug, counts(metrics, "sprite_agent_control_serving")) == (0, 1)
 
 
 async def test_without_a_runtime_control_is_not_served_and_reading_goes_on(config: ServeConfig) -> None:

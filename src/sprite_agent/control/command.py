@@ -68,26 +68,18 @@ def find_runtime(runtime: Runtime) -> Path:
     """The runtime's command, checked.
 
     Raises:
-        RuntimeMissing: none is configured, or it is no executable file.
+        RuntimeMissing: none is configured, or it is no executable file, or can't be looked into.
         RuntimeUntrusted: it is not the file that was configured, or the user it runs as can change it.
     """
     if not runtime.path:
         raise RuntimeMissing("the runtime's command is not configured: give --superloop-bin or set SUPERLOOP_BIN")
-    path = Path(runtime.path)
-    if not os.access(path, os.X_OK) or not path.is_file():
-        raise RuntimeMissing(f"the runtime's command {runtime.path} is no executable file")
-    path = path.resolve()
-    if runtime.user is not None:
-        for place in (path, *path.parents):
-            _refuse_if_writable(place, runtime.user)
-    if runtime.sha256 is not None:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != runtime.sha256:
-            raise RuntimeUntrusted(
-                f"the runtime's command {path} is not the one that was configured: its SHA-256 is {digest}",
-                details={"path": path, "sha256": digest},
-            )
-    return path
+    try:
+        return _checked(runtime, Path(runtime.path))
+    except OSError as error:  # it may also be replaced at this very moment
+        raise RuntimeMissing(
+            f"the runtime's command {runtime.path} can't be looked into: {error.strerror}; it must be there, and be"
+            " readable by the agent"
+        ) from error
 
 
 def build_command(runtime: Path, repo: Path, request: ControlRequest, by: str) -> list[str]:
@@ -109,6 +101,24 @@ def build_environment(user: User | None) -> dict[str, str]:
     if home is not None:
         environment["HOME"] = home
     return environment
+
+
+def _checked(runtime: Runtime, path: Path) -> Path:
+    """The file that is run for `path`, if it may be."""
+    if not os.access(path, os.X_OK) or not path.is_file():
+        raise RuntimeMissing(f"the runtime's command {runtime.path} is no executable file")
+    path = path.resolve()
+    if runtime.user is not None:
+        for place in (path, *path.parents):
+            _refuse_if_writable(place, runtime.user)
+    if runtime.sha256 is not None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != runtime.sha256:
+            raise RuntimeUntrusted(
+                f"the runtime's command {path} is not the one that was configured: its SHA-256 is {digest}",
+                details={"path": path, "sha256": digest},
+            )
+    return path
 
 
 def _refuse_if_writable(place: Path, user: User) -> None:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import structlog
 from grpc_health.v1 import health_pb2
 
+from sprite_agent.errors import InternalError
+
 if TYPE_CHECKING:
     from grpc_health.v1 import health
 
+    from sprite_agent.errors import OpsError
     from sprite_agent.face.metrics import AgentMetrics
     from sprite_agent.repo import Repo
 
@@ -38,7 +41,11 @@ class ControlReadiness:
 
     async def look(self) -> None:
         """Looks once, and tells if something has changed."""
-        fault = await asyncio.to_thread(self._repo.control_fault)
+        fault: OpsError | None
+        try:
+            fault = await asyncio.to_thread(self._repo.control_fault)
+        except Exception as error:  # noqa: BLE001  # of a bug the next look must still tell, and this one not the last
+            fault = InternalError(f"control could not be looked at: {error!r}")
         reason = None if fault is None else fault.reason
         if reason == self._told:
             return
