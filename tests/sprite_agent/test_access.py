@@ -35,6 +35,7 @@ from sprite_agent.face.credential_text import token_line
 from sprite_agent.face.credentials import new_token
 from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.face.tls import TlsFiles
+from sprite_agent.quota import PER_MINUTE
 from sprite_agent.repo import Repo
 from sprite_agent.v1 import control_pb2, service_pb2_grpc
 from sprite_agent.v1 import service_pb2 as pb
@@ -443,6 +444,24 @@ async def test_a_refusal_of_a_known_caller_is_noted_in_the_audit_and_a_strangers
 
     noted = [entry.document["body"] for entry in read_audit(config.state_folder / "journal.sqlite3")]
     assert [(body["reason"], body["caller"]["identity"]) for body in noted] == [("SCOPE_MISSING", "token:t1")]
+
+
+async def test_however_many_strangers_are_refused_a_known_callers_refusal_is_noted(
+    config: ServeConfig, tmp_path: Path
+) -> None:
+    """Where no token is needed, who has not signed is a stranger."""
+    keys = put_keys(tmp_path / "keys", ADA.trusted())
+    content = control()
+    async with serving(config, trusted_keys=keys, require_signature="all") as channel:
+        for _ in range(PER_MINUTE + 1):
+            await answer(channel, GET_INFO, b"", metadata(None))
+        await answer(channel, EXECUTE, content, metadata(None, Manager().signed(EXECUTE, content, token=None)))
+        await answer(channel, EXECUTE, content, metadata(None, ADA.signed(EXECUTE, content, token=None)))
+
+    noted = [entry.document["body"] for entry in read_audit(config.state_folder / "journal.sqlite3")]
+    assert [(body["reason"], body["caller"]["identity"]) for body in noted] == [
+        ("APPROVAL_NOT_PENDING", "manager:opsmgr-1")
+    ]
 
 
 async def test_a_caller_that_hangs_up_while_it_is_checked_does_no_harm(

@@ -18,6 +18,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from sprite_agent.callers import ANONYMOUS
 from sprite_agent.control.engine import MAX_CONTROLS
 from sprite_agent.errors import JournalCorrupt, JournalUnavailable, OpsError, TokenInvalid, TokenMissing
 from sprite_agent.face.access import Access
@@ -212,10 +213,10 @@ def _remember_replays(access: Access, repo: Repo) -> None:
 
 
 def _refusals(repo: Repo, pool: Executor) -> Callable[[str, str], None]:
-    """Has the refusals of callers that are known by their token noted in the audit."""
+    """Has the refusals of callers that have proved who they are noted in the audit: strangers could crowd them out."""
 
     def refused(reason: str, identity: str) -> None:
-        if reason not in {TokenMissing.reason, TokenInvalid.reason}:
+        if identity != ANONYMOUS.identity and reason not in {TokenMissing.reason, TokenInvalid.reason}:
             pool.submit(repo.note_refusal, {"reason": reason, "caller": {"identity": identity}})
 
     return refused
