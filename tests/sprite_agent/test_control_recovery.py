@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -18,7 +19,7 @@ from sprite_agent.control import engine as control
 from sprite_agent.control.evidence import take_baseline
 from sprite_agent.control.executions import CommandOutcome
 from sprite_agent.control.results import executed_result
-from sprite_agent.errors import ControlBusy
+from sprite_agent.errors import ControlBusy, InternalError
 from support.journals import begun, opened
 from support.repos import LOOP, STANDIN
 from support.runtime import (
@@ -351,6 +352,46 @@ def test_the_time_that_a_killed_agent_has_looked_is_not_waited_again(repo: Repo,
 
     assert time.monotonic() - began < 5
     assert (result["status"], result["reason"]) == ("ambiguous", "timeout")
+
+
+def test_a_key_whose_repo_was_closed_while_its_command_ran_is_finished_by_the_next_one_of_the_process(
+    make_repo: MakeRepo, monkeypatch: pytest.MonkeyPatch, *, gated: str, gate: Path, marks: Path
+) -> None:
+    """The process lives on, but nobody there records what becomes of it."""
+    monkeypatch.setattr(control, "LANE_WAIT", 0.1)
+    first, second = make_repo(gated), make_repo(gated)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(first.execute, request(confirmation=SKIPS))
+        until(lambda: marks.read_text() == "began\n", "the command runs")
+        first.close()
+        with pytest.raises(ControlBusy):
+            second.execute(request(confirmation=SKIPS), deadline=time.monotonic() + 0.1)
+        gate.write_text("go\n")
+
+        with pytest.raises(InternalError):
+            asked.result()
+        result = second.execute(request(confirmation=SKIPS))
+
+    assert (result["status"], result["exitCode"], result["output"]) == ("executed_unconfirmed", 0, "told\n")
+    assert marks.read_text() == "began\nended\n"
+
+
+def test_a_key_whose_repo_was_closed_while_it_looked_for_the_effect_is_looked_into_by_the_next_one_of_the_process(
+    make_repo: MakeRepo, loop: LoopFiles
+) -> None:
+    turn(loop, skip_effect=True)
+    first, second = make_repo(), make_repo()
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(first.execute, request("reject", confirmation={"mode": "wait", "timeoutSeconds": 1}))
+        until(lambda: state_of(second) == "executed", "the effect is looked for")
+        first.close()
+        result = second.execute(request("reject", confirmation=LOOKS_ONCE), deadline=time.monotonic())
+
+        with pytest.raises(InternalError):
+            asked.result()
+
+    assert (result["state"], result["status"], result["reason"]) == ("done", "ambiguous", "timeout")
+    assert len(executions(loop)) == 1
 
 
 def test_recovery_waits_for_the_lane_and_then_finishes(repo: Repo, loop: LoopFiles, state: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sprite_agent.control.processes import is_alive, name_from_stat, name_of, pid_of, this_boot, this_process
+from sprite_agent.control.processes import NOBODY, is_alive, name_from_stat, name_of, pid_of, this_boot, this_process
 
 
 def test_this_process_is_alive_by_its_name() -> None:
@@ -26,7 +26,7 @@ def test_another_process_with_the_same_pid_is_not_this_one() -> None:
     assert not is_alive(f"another-boot:{pid}:{started}")
 
 
-@pytest.mark.parametrize("name", [f"x:{2**22 + 1}:1", "x:0:1", "x:-1:1", "x::1", "x:y:1", "?:1:?"])
+@pytest.mark.parametrize("name", [f"x:{2**22 + 1}:1", "x:0:1", "x:-1:1", "x::1", "x:y:1", "?:1:?", NOBODY])
 def test_what_names_no_living_process_is_not_alive(name: str) -> None:
     assert not is_alive(name)
 

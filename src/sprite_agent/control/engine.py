@@ -25,7 +25,7 @@ from sprite_agent.control.evidence import take_baseline
 from sprite_agent.control.flights import Flights
 from sprite_agent.control.journal import Journal, NewRow
 from sprite_agent.control.journal_rows import mark_of
-from sprite_agent.control.processes import is_alive, this_boot, this_process
+from sprite_agent.control.processes import NOBODY, is_alive, this_boot, this_process
 from sprite_agent.control.refusals import RefusalNotes
 from sprite_agent.control.results import (
     executed_result,
@@ -111,9 +111,14 @@ class ControlEngine:
         self._journal: Journal | None = None
 
     def close(self) -> None:
-        """Closes the journal, and ends the executor that waits."""
+        """Closes the journal, and ends the executor that waits.
+
+        A key that is still worked on is left to whoever asks for it next: what its thread does
+        from now on is not recorded.
+        """
         self._executions.close()
         if self._journal is not None:
+            self._give_up(self._journal)
             self._journal.close()
 
     @property
@@ -343,6 +348,13 @@ class ControlEngine:
     def _is_abandoned(self, entry: Entry) -> bool:
         """Whether nobody works on a row any more; asked by who leads its flight."""
         return entry.owner == self._owner or not is_alive(entry.owner.partition("/")[0])
+
+    def _give_up(self, journal: Journal) -> None:
+        """Leaves its unfinished rows to nobody: this process may live on, and would be taken to work on them."""
+        with contextlib.suppress(JournalCorrupt, JournalUnavailable):
+            for entry in journal.unfinished():
+                if entry.owner == self._owner:
+                    journal.claim(entry, NOBODY)
 
     def _record(self, entry: Entry, *results: ControlResult) -> Entry:
         for result in results:

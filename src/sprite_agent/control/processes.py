@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+NOBODY = "::"
+"""The name of no process."""
+
 _START_TIME = 18
 """Place of the start time in /proc/<pid>/stat, among the fields after the state."""
 
