@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import msgspec
 
 from opsmgr import store as files
 from opsmgr.errors import AgentStateRolledBack, InputInvalid
 from sprite_agent.contract import clock
 from sprite_agent.contract.agent_state import Finding, JournalHead
-from sprite_agent.contract.json_text import member
 from sprite_agent.contract.secrets import changing
 
 if TYPE_CHECKING:
@@ -68,14 +69,17 @@ def load_memory(store: LoopStore) -> AgentMemory:
     """The memory as it was saved; an empty one where there is none.
 
     Raises:
-        InputInvalid: the file can't be read.
+        InputInvalid: the file can't be read, or is no such memory.
     """
-    document = files.load(store.agent)
-    head = member(document, "journal")
+    try:
+        saved = msgspec.convert(files.load(store.agent) or {}, _Saved)
+    except msgspec.ValidationError as error:
+        raise InputInvalid(f"{store.agent} is no memory of an agent: {error}") from error
+    head = saved.get("journal")
     return AgentMemory(
-        journal=None if head is None else JournalHead(head["id"], head["sequence"], head["head"]),
-        frozen=member(document, "frozen"),
-        findings=[Finding(found["reason"], found["message"]) for found in member(document, "findings") or ()],
+        journal=None if head is None else JournalHead(**head),
+        frozen=saved.get("frozen"),
+        findings=[Finding(**found) for found in saved.get("findings", ())],
     )
 
 
@@ -104,6 +108,25 @@ def unfreeze(store: LoopStore) -> None:
         memory = load_memory(store)
         memory.frozen = None
         _write(store, memory)
+
+
+class _SavedHead(TypedDict):
+    id: str
+    sequence: int
+    head: str
+
+
+class _SavedFinding(TypedDict):
+    reason: str
+    message: str
+
+
+class _Saved(TypedDict, total=False):
+    """What is taken from the file."""
+
+    journal: _SavedHead | None
+    frozen: str | None
+    findings: list[_SavedFinding]
 
 
 @contextlib.contextmanager

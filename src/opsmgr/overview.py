@@ -64,7 +64,8 @@ def read_row(target: Target) -> Row:
     position = Position()
     try:
         store = target.store()
-        state, health = files.load(store.state), files.load(store.health)
+        state = files.load(store.state, "manager_state")
+        health = files.load(store.health, "manager_health")
         frozen, position = load_memory(store).frozen, load_cursor(store.cursor, target.loop)
     except OpsError as unreadable:
         error = unreadable

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsmgr.errors import InputInvalid, LoopLocked
 from sprite_agent.contract import json_text
+from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ContractError
 
 if TYPE_CHECKING:
@@ -73,11 +74,11 @@ def default_folder(repo: Path, loop_id: str) -> Path:
     return repo / ".superloop" / "ops-manager" / loop_id
 
 
-def load(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file.
+def load(path: Path, kind: str | None = None) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file. With a kind it is what schema/<kind>.schema.json says.
 
     Raises:
-        InputInvalid: it can't be read, or is no JSON object.
+        InputInvalid: it can't be read, or is no such object.
     """
     try:
         content = path.read_bytes()
@@ -85,13 +86,19 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise InputInvalid(f"{path} can't be read: {error.strerror}") from error
-    return _object(content, str(path))
-
-
-def load_if_readable(path: Path) -> dict[str, Any] | None:
-    """Likewise for a file that is about to be replaced: None also where it can't be read."""
+    document = _object(content, str(path))
     try:
-        return load(path)
+        if kind is not None:
+            validate(kind, document)
+    except ContractError as error:
+        raise InputInvalid(f"{path} is no {kind}: {error}") from error
+    return document
+
+
+def load_if_readable(path: Path, kind: str | None = None) -> dict[str, Any] | None:
+    """Likewise for a file that is about to be replaced: None also where it can't be read, or is something else."""
+    try:
+        return load(path, kind)
     except InputInvalid:
         return None
 

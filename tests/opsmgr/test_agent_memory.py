@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsmgr.agent_memory import AgentMemory, load_memory, save_memory, unfreeze
-from opsmgr.errors import AgentStateRolledBack
+from opsmgr.errors import AgentStateRolledBack, InputInvalid
 from opsmgr.intents.control import send
 from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore
@@ -84,6 +84,17 @@ def test_a_memory_is_saved_whole(store: LoopStore) -> None:
     save_memory(store, memory)
 
     assert load_memory(store) == memory
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"journal": {}}', '{"journal": {"id": 1, "sequence": 2, "head": ""}}', '{"frozen": true}']
+)
+def test_a_file_that_is_no_memory_is_not_taken_for_one_that_freezes_nothing(store: LoopStore, content: str) -> None:
+    store.folder.mkdir()
+    store.agent.write_text(content)
+
+    with pytest.raises(InputInvalid, match=r"agent\.json"):
+        load_memory(store)
 
 
 def test_what_another_manager_has_saved_meanwhile_is_not_undone(store: LoopStore) -> None:

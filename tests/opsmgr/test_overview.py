@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsmgr import overview, store
+from opsmgr.cursors import Position, save_cursor
 from opsmgr.targets import Target
 from sprite_agent.contract import clock
 from sprite_agent.contract.validation import validate
@@ -85,17 +86,20 @@ def test_a_row_of_a_target_never_worked_on_keeps_the_contract(repo: LoopFiles) -
     assert (found["lifecycle"], found["health"], found["cursorLine"], found["error"]) == (None, None, 0, None)
 
 
-def test_a_file_that_can_not_be_read_is_told_in_its_row_and_spoils_no_other(repo: LoopFiles, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{torn", '{"status": "unknown"}'])
+def test_a_file_that_is_not_what_it_should_be_is_told_in_its_row_and_spoils_no_other(
+    repo: LoopFiles, tmp_path: Path, content: str
+) -> None:
     broken, sound = target_in(repo.repo, "broken"), target_in(tmp_path, "sound")
-    store.save(sound.store().health, {"status": "healthy", "reasonCodes": [], "updatedAt": clock.now()})
+    save_cursor(sound.store().cursor, Position(line=3, line_count=3), repo_path=str(tmp_path), loop_id=LOOP)
     broken.store().folder.mkdir(parents=True)
-    broken.store().health.write_bytes(b"{torn")
+    broken.store().health.write_text(content)
 
     first, second = overview.read_status([broken, sound])["targets"]
 
     assert first["error"]["reason"] == "INPUT_INVALID"
     assert str(broken.store().health) in first["error"]["message"]
-    assert (second["error"], second["health"]) == (None, "healthy")
+    assert (second["error"], second["cursorLine"]) == (None, 3)
 
 
 def test_what_a_daemon_at_work_tells_counts(tmp_path: Path) -> None:

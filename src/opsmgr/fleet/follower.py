@@ -17,7 +17,7 @@ import structlog
 from opsmgr import store as files
 from opsmgr.agent_memory import load_memory
 from opsmgr.cursors import Position, load_cursor
-from opsmgr.errors import NoAnswer
+from opsmgr.errors import InputInvalid, NoAnswer
 from opsmgr.fleet.pacing import Pacing
 from opsmgr.fleet.sleep import sleeps
 from opsmgr.fleet.view import TargetView
@@ -104,13 +104,14 @@ class Follower:
         """Goes on where the files say."""
         self._feed = Feed()
         self._position = load_cursor(store.cursor, self._target.loop)
-        self.view.state = files.load_if_readable(store.state)
+        self.view.state = files.load_if_readable(store.state, "manager_state")
         self.view.received_line = self._position.line
         self._look_at_files(store)
 
     def _look_at_files(self, store: LoopStore) -> None:
-        self.view.health = files.load_if_readable(store.health)
-        self.view.frozen = load_memory(store).frozen
+        self.view.health = files.load_if_readable(store.health, "manager_health")
+        with contextlib.suppress(InputInvalid):  # no pass can do without that file: the next one tells
+            self.view.frozen = load_memory(store).frozen
 
     async def _stream_once(self, transport: Transport, store: LoopStore) -> None:
         """Streams until it ends, by whatever end, and then does what that asks for."""
@@ -190,8 +191,12 @@ class Follower:
                 self._due.clear()  # set again by the batch that ends the catching up
                 continue
             self._due.clear()
-            with await self._passes.take():
-                passed = await self._pass(transport, store, self._feed)
+            try:
+                with await self._passes.take():
+                    passed = await self._pass(transport, store, self._feed)
+            except Exception:  # noqa: BLE001  # nobody waits for this task: its stream would go on without a pass
+                _log.exception("a bug", target=self._target.name)
+                passed = False
             await asyncio.sleep(self._settings.settle_seconds if passed else self._settings.poll_seconds)
 
     async def _pass(self, transport: Transport, store: LoopStore, feed: Feed | None) -> bool:

@@ -99,8 +99,8 @@ class Supervisor:
         for follower, _ in list(self._followers.values()):
             follower.look_for_intents()
         status = self.status()
-        validate("manager_status", status)
         try:
+            validate("manager_status", status)
             files.save(self._settings.status_file, status)
         except OpsError as error:
             _log.warning("the status file can't be written", error=error.message)

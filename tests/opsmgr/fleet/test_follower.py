@@ -12,6 +12,7 @@ import pytest
 from conftest import TOKEN
 
 from opsmgr.config import FleetSettings
+from opsmgr.fleet import follower as follower_module
 from opsmgr.fleet.follower import Follower
 from opsmgr.fleet.metrics import FleetMetrics
 from opsmgr.fleet.slots import Slots
@@ -142,6 +143,46 @@ async def test_a_malformed_record_is_escalated_and_the_rest_goes_on(
         await eventually(lambda: ingested(folder) == 2, "the events are handled")
 
     assert categories(folder) == ["event_malformed"]
+
+
+async def test_passes_go_on_once_a_file_that_they_need_can_be_read_again(
+    config: ServeConfig, target: Target, settings: FleetSettings, repo: LoopFiles, folder: LoopStore
+) -> None:
+    repo.append(line(event("usage_check")))
+    async with running(config), followed(target, settings) as follower:
+        await eventually(lambda: ingested(folder) == 1, "it is followed")
+        folder.agent.write_bytes(b"")
+        repo.append(line(event("usage_check")))
+        await eventually(lambda: follower.view.error is not None, "a pass fails")
+        folder.agent.unlink()
+        repo.append(line(event("usage_check")))
+        await eventually(lambda: ingested(folder) == 3, "all is handled")
+
+
+async def test_passes_go_on_after_one_that_met_a_bug(
+    config: ServeConfig,
+    target: Target,
+    settings: FleetSettings,
+    repo: LoopFiles,
+    folder: LoopStore,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repo.append(line(event("usage_check")))
+    met: list[Any] = []
+
+    async def broken(*what: Any, **_: Any) -> Any:
+        met.append(what)
+        raise RuntimeError("a bug")
+
+    async with running(config), followed(target, settings):
+        await eventually(lambda: ingested(folder) == 1, "it is followed")
+        with monkeypatch.context() as patched:
+            patched.setattr(follower_module, "reconcile_held", broken)
+            repo.append(line(event("usage_check")))
+            await eventually(lambda: met, "a pass meets a bug")
+        repo.append(line(event("usage_check")))
+        await eventually(lambda: ingested(folder) == 3, "all is handled")
 
 
 async def test_an_agent_that_goes_while_a_run_is_at_work_is_an_alarm_and_its_return_ends_it(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from opsmgr import store
 from opsmgr.config import FleetSettings
 from opsmgr.fleet import slots
+from opsmgr.fleet import supervisor as supervisor_module
 from opsmgr.fleet.follower import Follower
 from opsmgr.fleet.metrics import FleetMetrics
 from opsmgr.fleet.supervisor import Supervisor
@@ -118,6 +121,46 @@ async def test_a_bug_met_in_one_target_ends_no_other(
     monkeypatch.setattr(Follower, "_supervise", broken)
     async with supervised(settings, [here(tmp_path, "bad"), here(tmp_path, "good")]):
         await eventually(lambda: rows(settings).get("good", {}).get("cursorLine") == 1, "the good one is followed")
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("state.json", {"run": {"runId": 7}}),
+        ("state.json", {"projection": "unknown"}),
+        ("health.json", {"status": "unknown"}),
+        ("agent.json", {"frozen": True}),
+        ("agent.json", {"journal": {}}),
+    ],
+)
+async def test_a_file_of_another_shape_counts_as_not_there_and_is_the_matter_of_its_target_alone(
+    settings: FleetSettings, tmp_path: Path, name: str, document: Any
+) -> None:
+    bad, good = here(tmp_path, "bad"), here(tmp_path, "good")
+    assert bad.repo is not None
+    shutil.rmtree(bad.repo / ".superloop" / "loops")  # so that no pass writes the file anew
+    store.save(bad.store().folder / name, document)
+    async with supervised(settings, [bad, good]):
+        await eventually(lambda: rows(settings).get("good", {}).get("cursorLine") == 1, "the good one is followed")
+        row = rows(settings)["bad"]
+
+        assert (row["runId"], row["lifecycle"], row["frozen"]) == (None, None, None)
+
+
+async def test_a_status_that_can_not_be_told_ends_no_supervision(
+    settings: FleetSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "TICK", 0.01)
+    one = here(tmp_path, "one")
+    async with supervised(settings, [one]) as supervisor:
+        await eventually(lambda: rows(settings).get("one", {}).get("cursorLine") == 1, "it is followed")
+        [view] = supervisor.views()
+        view.retries = -1
+        for _ in range(2):
+            before = supervisor._ticked  # noqa: SLF001  # that it looks again is what this is about
+            await eventually(lambda before=before: supervisor._ticked > before, "it goes on")  # type: ignore[misc]  # noqa: SLF001
+        view.retries = 7
+        await eventually(lambda: rows(settings).get("one", {}).get("retries") == 7, "it is told again")
 
 
 async def test_the_status_file_has_a_row_for_each_target_in_their_order(
