@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,7 @@ from opsmgr.passes.reconcile import ReconcileOptions, reconcile, reconcile_held,
 from opsmgr.store import LoopStore, default_folder
 from opsmgr.transport.local import LocalTransport
 from sprite_agent.contract import clock
-from sprite_agent.contract.streaming import EventQuery
+from sprite_agent.contract.streaming import EventBatch, EventQuery
 from sprite_agent.errors import LogReplaced, OpsError
 from support.repos import LOOP, LoopFiles, event, line, put
 from support.waiting import DEADLINE
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from opsmgr.passes.feed import Portion
     from opsmgr.transport.base import Snapshot, Transport
 
 Json = dict[str, Any]
@@ -43,8 +45,9 @@ class _Meanwhile(LocalTransport):
     async def snapshot(self, loop_id: str, *, trace_id: str | None = None, run_id: str | None = None) -> Snapshot:
         found = await super().snapshot(loop_id, trace_id=trace_id, run_id=run_id)
         if self.happens is not None:
-            self.happens()
-            self.happens = None
+            happens, self.happens = self.happens, None
+            if isinstance(waits := happens(), Awaitable):
+                await waits
         self.taken.set()
         return found
 
@@ -62,6 +65,15 @@ class _Fed:
         if after_line is not None:
             assert await self.feed.reaches(after_line, within=DEADLINE)
         return await reconcile_held(self.transport, self.store, OPTIONS, feed=self.feed)
+
+    async def read(self, token: str | None = None) -> str:
+        """Puts into the feed what the log has by now, after a token; gives that of its end."""
+        query = EventQuery(loop_id=LOOP, resume_token=token, skip_malformed=True)
+        async for batch in self.transport.events(query):
+            self.feed.put(batch)
+            token = batch.resume_token
+        assert token is not None
+        return token
 
     @contextlib.asynccontextmanager
     async def streaming(self) -> AsyncIterator[None]:
@@ -106,6 +118,19 @@ def read_log(path: Path) -> list[Json]:
 
 def fresh(name: str = "usage_check") -> bytes:
     return line(event(name, timestamp=clock.now()))
+
+
+def batch(first: int, last: int) -> EventBatch:
+    """Events of these lines, as far as a feed looks at them."""
+    cursor: Any = {"eventLineOffset": last, "eventLineCount": last}
+    events: Any = [
+        {"cursor": {"eventLineOffset": number}, "sequence": {"value": number}} for number in range(first, last + 1)
+    ]
+    return EventBatch(events=events, cursor=cursor, resume_token="", caught_up=True, skipped=[], emitted_at="")
+
+
+def lines_of(portion: Portion) -> list[int]:
+    return [event["cursor"]["eventLineOffset"] for event in portion.events]
 
 
 @pytest.fixture
@@ -332,6 +357,59 @@ async def test_many_events_are_counted_and_not_all_kept(
     assert state["sequence"]["lastEventSequence"] == 1001
     assert read_log(fed.store.reconcile_telemetry)[0]["eventsIngested"] == 1001
     assert kept <= 20
+
+
+async def test_what_came_after_the_snapshot_is_not_folded_into_what_came_before(
+    fed: _Fed, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "MOST_EVENTS", 5)
+    put(loop.state, {"active": False})
+    loop.rewrite(fresh("iteration_start") + 7 * fresh() + fresh("loop_complete"))
+    token = await fed.read()
+
+    async def go_on() -> None:
+        loop.append(*(fresh() for _ in range(6)))
+        await fed.read(token)
+
+    fed.transport.happens = go_on
+    first = await fed.passes()
+    cursor = fed.cursor
+    second = await fed.passes()
+
+    assert (cursor["eventLineOffset"], cursor["eventLineCount"]) == (9, 9)
+    assert first["transition"]["triggeringSignal"] == "event:loop_complete"
+    assert second["transition"]["triggeringSignal"] == "event:usage_check"
+    assert fed.ingested == [9, 6]
+    assert fed.escalations == []
+
+
+def test_both_sides_of_a_split_are_folded_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "MOST_EVENTS", 5)
+    feed = Feed()
+    feed.put(batch(1, 9))
+    feed.split(9)
+    feed.put(batch(10, 29))
+
+    first = feed.portion(9)
+    feed.handled(first)
+    second = feed.portion(29)
+
+    assert [lines_of(portion) for portion in (first, second)] == [[1, 9], [10, 29]]
+    assert [portion.folded for portion in (first, second)] == [7, 18]
+    assert first.is_whole
+    assert second.is_whole
+
+
+def test_a_portion_that_would_take_a_fold_apart_is_not_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "MOST_EVENTS", 5)
+    feed = Feed()
+    feed.put(batch(1, 9))
+    feed.put(batch(10, 29))
+
+    for end, is_whole in ((9, False), (29, False), (40, True)):
+        portion = feed.portion(end)
+        feed.handled(portion)
+        assert portion.is_whole is is_whole
 
 
 def test_events_whose_order_is_not_as_it_should_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:

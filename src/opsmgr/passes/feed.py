@@ -45,6 +45,8 @@ class Portion:
     """The line up to which it is everything."""
     log: int
     """Which of the logs that the feed has had it is of."""
+    is_whole: bool
+    """False: of its events some were folded together with others, and can't be told from them."""
 
 
 class Feed:
@@ -60,8 +62,9 @@ class Feed:
         self._handled = 0
         self._log = 0
         self._kept = 0
-        self._folded: list[tuple[int, int]] = []
-        """Line of the last event, and how many were left out before it, of each fold."""
+        self._split = 0
+        self._folded: list[tuple[int, int, int]] = []
+        """Lines of the first and of the last event, and how many were left out between them, of each fold."""
         self._more = asyncio.Event()
         self.lost: OpsError | None = None
         """Why the stream began anew with the first line, until a pass has written that."""
@@ -85,7 +88,7 @@ class Feed:
         """The log is another one, as `error` says: what is not handled of the old one is gone, the new one follows."""
         self._batches.clear()
         self._kept, self._folded = 0, []
-        self._received = self._handled = 0
+        self._received = self._handled = self._split = 0
         self._log += 1
         self.lost = error
 
@@ -100,20 +103,20 @@ class Feed:
             return False
         return True
 
+    def split(self, line: int) -> None:
+        """From now on no events up to `line` are folded together with later ones: a pass will ask for the former."""
+        self._split = line
+
     def portion(self, end: int, *, after: int = 0) -> Portion:
         """What is not handled yet, from behind line `after` up to line `end`."""
         begin = max(after, self._handled)
         return Portion(
-            events=[
-                event
-                for batch in self._batches
-                for event in batch.events
-                if begin < event["cursor"]["eventLineOffset"] <= end
-            ],
-            folded=sum(count for line, count in self._folded if begin < line <= end),
+            events=[event for batch in self._batches for event in batch.events if begin < _line(event) <= end],
+            folded=sum(count for _, last, count in self._folded if begin < last <= end),
             skipped=[record for batch in self._batches for record in batch.skipped if begin < record.last_line <= end],
             end=end,
             log=self._log,
+            is_whole=not any(first < line < last for first, last, _ in self._folded for line in (begin, end)),
         )
 
     def handled(self, portion: Portion) -> None:
@@ -121,22 +124,30 @@ class Feed:
         if portion.log != self._log:
             return  # of a log that is gone: the new one has not been looked at
         self._handled, self.lost = portion.end, None
-        self._folded = [(line, count) for line, count in self._folded if line > portion.end]
+        self._folded = [(first, last, count) for first, last, count in self._folded if last > portion.end]
         while self._batches and _last_line(self._batches[0]) <= portion.end:
             self._kept -= len(self._batches.popleft().events)
 
     def _fold(self) -> None:
-        """Puts all batches into one, which has the first and the last of their events."""
-        events, count = fold([event for batch in self._batches for event in batch.events])
-        if not count:
-            return
+        """Puts all batches into one, which has the first and the last of their events, on either side of the split."""
+        events = [event for batch in self._batches for event in batch.events if _line(event) > self._handled]
+        kept: list[EventEnvelope] = []
+        for side in (
+            [event for event in events if _line(event) <= self._split],
+            [event for event in events if _line(event) > self._split],
+        ):
+            ends, count = fold(side)
+            if count:
+                self._folded.append((_line(ends[0]), _line(ends[-1]), count))
+            kept += ends
         skipped = [record for batch in self._batches for record in batch.skipped]
-        self._folded.append((events[-1]["cursor"]["eventLineOffset"], count))
-        self._batches = deque([replace(self._batches[-1], events=events, skipped=skipped)])
-        self._kept = len(events)
+        self._batches = deque([replace(self._batches[-1], events=kept, skipped=skipped)])
+        self._kept = len(kept)
+
+
+def _line(event: EventEnvelope) -> int:
+    return event["cursor"]["eventLineOffset"]
 
 
 def _last_line(batch: EventBatch) -> int:
-    return max(
-        [record.last_line for record in batch.skipped] + [event["cursor"]["eventLineOffset"] for event in batch.events]
-    )
+    return max([record.last_line for record in batch.skipped] + [_line(event) for event in batch.events], default=0)

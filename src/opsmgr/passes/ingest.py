@@ -122,14 +122,16 @@ async def _take(feed: Feed, done: Pass, snapshot: Snapshot, received: int) -> bo
     """Takes the events from the feed; whether it has them all.
 
     It has not where the stream lags behind, or where the log got shorter than what the
-    stream has seen of it, and the stream has not noticed yet.
+    stream has seen of it, and the stream has not noticed yet; or where the stream was so far
+    ahead that events from both sides of the snapshot were folded together.
     """
     end = snapshot.envelope["cursor"]["eventLineCount"]
+    feed.split(end)
     if feed.lost is not None:
         done.lost, done.after = feed.lost, Position()
     whole = received <= end and await feed.reaches(end, within=FEED_PATIENCE)
     done.portion = feed.portion(end, after=done.after.line)
-    if not whole:
+    if not (whole and done.portion.is_whole):
         return False
     done.events += done.portion.events
     done.folded += done.portion.folded
