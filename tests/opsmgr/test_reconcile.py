@@ -489,6 +489,19 @@ async def test_an_event_that_was_half_written_at_the_snapshot_is_taken_whole_by_
     assert manager.escalations == []
 
 
+async def test_a_malformed_record_right_after_the_snapshot_is_told_by_the_next_reconcile(
+    manager: _Manager, loop: LoopFiles, transport: _Meanwhile
+) -> None:
+    transport.happens = lambda: loop.append(b"[no event]\n")
+
+    await manager.reconcile(skip_malformed=True)
+    before = manager.categories
+    loop.append(fresh("role_start"))  # no snapshot is taken of a log that ends with such a record
+    await manager.reconcile(skip_malformed=True)
+
+    assert (before, manager.categories) == ([], ["event_malformed"])
+
+
 async def test_a_log_replaced_right_after_the_snapshot_is_noticed_and_no_event_of_it_is_lost(
     manager: _Manager, loop: LoopFiles, transport: _Meanwhile
 ) -> None:
@@ -831,6 +844,18 @@ async def test_a_malformed_line_leaves_state_and_cursor_alone_and_is_told(manage
     entry = manager.telemetry[-1]
     assert (entry["failureCode"], entry["failureMessage"]) == ("events_unavailable", error.message)
     assert (entry["cursorOffsetAfter"], entry["eventsIngested"]) == (2, 0)
+
+
+async def test_a_malformed_line_is_passed_over_and_told_where_that_is_asked_for(
+    manager: _Manager, loop: LoopFiles
+) -> None:
+    loop.append(b"not json\n", fresh("role_end"))
+
+    for _ in range(2):
+        await manager.reconcile(skip_malformed=True)
+
+    assert [entry["eventsIngested"] for entry in manager.telemetry] == [3, 0]
+    assert manager.categories == ["event_malformed"]
 
 
 async def test_a_first_reconcile_that_fails_writes_no_state_and_no_cursor(manager: _Manager, loop: LoopFiles) -> None:

@@ -57,7 +57,7 @@ class Follower:
         self._catch_ups = catch_ups
         self._passes = passes
         self._metrics = metrics
-        self._options = ReconcileOptions(loop_id=target.loop, thresholds=target.thresholds)
+        self._options = ReconcileOptions(loop_id=target.loop, thresholds=target.thresholds, skip_malformed=True)
         self._pacing = Pacing(poll_seconds=settings.poll_seconds)
         self._feed = Feed()
         self._position = Position()

@@ -39,6 +39,8 @@ class ReconcileOptions:
     max_events: int = 0
     """Handle no more events than this; 0: all. With a feed: all that are in it."""
     thresholds: Thresholds = BALANCED
+    skip_malformed: bool = False
+    """Escalate malformed records and go on, instead of failing. With a feed: always."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,7 +99,7 @@ async def ingest(transport: Transport, options: ReconcileOptions, done: Pass, fe
     done.stage = "events_unavailable"
     if feed is not None and await _take(feed, done, done.snapshot, received):
         return
-    skip = feed is not None
+    skip = options.skip_malformed or feed is not None
     try:
         await _read_events(transport, options, done, done.snapshot, skip_malformed=skip)
     except (LogReplaced, LogTruncated, HistoryRewritten) as error:
@@ -158,7 +160,7 @@ async def _read_events(
             done.events, folded = fold(done.events + within)
             done.folded += folded
             done.skipped += [record for record in batch.skipped if record.last_line <= end]
-            if len(within) < len(batch.events):
+            if len(within) < len(batch.events) or any(record.last_line > end for record in batch.skipped):
                 done.after = _at_snapshot(done, snapshot, end)
                 return
             done.after = done.after.after(batch)

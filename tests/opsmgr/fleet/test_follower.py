@@ -279,6 +279,25 @@ async def test_a_target_that_may_not_stream_is_polled_and_streams_when_it_may(
             await eventually(lambda: ingested(folder) == 3, "and nothing is doubled")
 
 
+async def test_a_malformed_record_ends_no_lower_rung(
+    config: ServeConfig, target: Target, settings: FleetSettings, repo: LoopFiles, folder: LoopStore
+) -> None:
+    runs(repo)
+    repo.append(line(event("usage_check")), b"no event\n", line(event("usage_check")))
+    async with running(replace(config, max_streams_per_caller=1)):
+        other = replace(target, name="other", folder=folder.folder.with_name("other"))
+        async with followed(other, settings) as first:
+            await eventually(lambda: is_read(first.view, "stream"), "another has the only stream")
+            async with followed(target, settings) as second:
+                await eventually(lambda: is_read(second.view, "poll"), "this one is polled")
+    repo.append(b"no event\n", line(event("usage_check")))
+    async with followed(replace(target, fallback="local"), settings) as follower:
+        await eventually(lambda: is_read(follower.view, "local"), "the repo is read")
+
+    assert ingested(folder) == 3
+    assert categories(folder).count("event_malformed") == 2
+
+
 async def test_a_target_whose_agent_is_gone_is_read_from_its_repo_where_that_is_allowed(
     config: ServeConfig, target: Target, settings: FleetSettings, repo: LoopFiles, folder: LoopStore
 ) -> None:
