@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+import os
+import signal
+import tempfile
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,22 +34,30 @@ async def sleeps(command: Sequence[str], *, runs: bool) -> bool:
 async def _ask(command: Sequence[str]) -> bytes | None:
     """What `command` prints; None where it fails, or takes too long."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+        with tempfile.TemporaryFile() as output:  # no pipe: whoever the command leaves behind could hold that open
+            return output.read().strip() if await _is_done(command, output) else None
     except OSError:
         return None
+
+
+async def _is_done(command: Sequence[str], output: IO[bytes]) -> bool:
+    """Runs `command`; whether it ended well and in time. Out of time it is killed, with what it has started."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=output,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         async with asyncio.timeout(_TIMEOUT):
-            output, _ = await process.communicate()
+            await process.wait()
     except TimeoutError:
-        return None
+        return False
     finally:
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    return output.strip() if process.returncode == 0 else None
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's: sudo
+                os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+    output.seek(0)
+    return process.returncode == 0
