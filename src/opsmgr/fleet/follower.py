@@ -155,7 +155,6 @@ class Follower:
         """Takes what has come; it is handled by the next pass."""
         if first:
             self._reach("stream")
-            self._pacing.reached()
         self._feed.put(batch)
         self._position = self._position.after(batch)
         self._caught_up = batch.caught_up
@@ -197,6 +196,8 @@ class Follower:
             except Exception:  # noqa: BLE001  # nobody waits for this task: its stream would go on without a pass
                 _log.exception("a bug", target=self._target.name)
                 passed = False
+            if passed:
+                self._pacing.reached()  # not before: a stream that breaks until then is as good as none
             await asyncio.sleep(self._settings.settle_seconds if passed else self._settings.poll_seconds)
 
     async def _pass(self, transport: Transport, store: LoopStore, feed: Feed | None) -> bool:

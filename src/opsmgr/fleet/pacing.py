@@ -21,7 +21,7 @@ class Pacing:
     _polled: float | None = field(default=None)
 
     def reached(self) -> None:
-        """It streams: everything begins anew."""
+        """It streams, for long enough to be of use: everything begins anew."""
         self.failures = 0
         self._since = self._polled = None
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import TOKEN
 
 from opsmgr.config import FleetSettings
+from opsmgr.errors import NoAnswer
 from opsmgr.fleet import follower as follower_module
 from opsmgr.fleet.follower import Follower
 from opsmgr.fleet.metrics import FleetMetrics
@@ -26,10 +27,13 @@ from support.repos import LOOP, event, line, put
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
     from pathlib import Path
 
     from opsmgr.fleet.view import TargetView
+    from opsmgr.passes.feed import Feed
+    from opsmgr.transport.base import Transport
+    from sprite_agent.contract.streaming import EventBatch, EventQuery
     from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
@@ -277,6 +281,36 @@ async def test_a_target_that_may_not_stream_is_polled_and_streams_when_it_may(
             await eventually(lambda: is_read(second.view, "stream"), "the stream is free")
             repo.append(line(event("usage_check")))
             await eventually(lambda: ingested(folder) == 3, "and nothing is doubled")
+
+
+async def test_a_target_whose_streams_break_at_once_is_polled(
+    config: ServeConfig,
+    target: Target,
+    settings: FleetSettings,
+    repo: LoopFiles,
+    folder: LoopStore,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repo.append(line(event("usage_check")))
+    events, make_pass = SpriteServiceTransport.events, Follower._pass  # noqa: SLF001  # one of a stream takes longer
+
+    async def breaking(transport: SpriteServiceTransport, query: EventQuery) -> AsyncGenerator[EventBatch]:
+        async with contextlib.aclosing(events(transport, query)) as batches:
+            async for batch in batches:
+                yield batch
+                if query.follow:
+                    raise NoAnswer("UNAVAILABLE: Socket closed")
+
+    async def slow(follower: Follower, transport: Transport, store: LoopStore, feed: Feed | None) -> bool:
+        if feed is not None:
+            await asyncio.Event().wait()
+        return await make_pass(follower, transport, store, feed)
+
+    monkeypatch.setattr(SpriteServiceTransport, "events", breaking)
+    monkeypatch.setattr(Follower, "_pass", slow)
+    async with running(config), followed(target, settings):
+        await eventually(lambda: ingested(folder) == 1, "what the log has is handled")
 
 
 async def test_a_malformed_record_ends_no_lower_rung(
