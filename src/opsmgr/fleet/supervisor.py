@@ -43,13 +43,15 @@ class Supervisor:
         self._catch_ups = Slots(settings.max_catch_ups)
         self._passes = Slots(settings.max_passes)
         self._followers: dict[Target, tuple[Follower, asyncio.Task[None]]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        """Have been cancelled. Never again: the first time they wait for the thread that writes, and then let go."""
         self._started_at = clock.now()
         self._ticked = time.monotonic()
         metrics.watch(self.views)
 
     def views(self) -> list[Any]:
-        """How each target is now."""
-        return [follower.view for follower, _ in self._followers.values()]
+        """How each target is now. Any thread may ask, while targets come and go."""
+        return [follower.view for follower, _ in list(self._followers.values())]
 
     @property
     def stalled_seconds(self) -> float:
@@ -106,8 +108,12 @@ class Supervisor:
             _log.warning("the status file can't be written", error=error.message)
 
     async def _end(self, targets: Iterable[Target]) -> None:
-        ended = [self._followers.pop(target) for target in targets]
-        for follower, task in ended:
+        """Ends these, and returns once all have ended that were ever told to, by a call that was cancelled too."""
+        for target in targets:
+            follower, task = self._followers.pop(target)
             task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
             self._metrics.forget(follower.view.target.name)
-        await asyncio.gather(*(task for _, task in ended), return_exceptions=True)
+        if self._ending:
+            await asyncio.wait(self._ending)  # gather would hand a cancellation on

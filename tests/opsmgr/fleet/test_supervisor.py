@@ -7,12 +7,14 @@ import contextlib
 import json
 import shutil
 import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from opsmgr import store
 from opsmgr.config import FleetSettings
+from opsmgr.errors import LoopLocked
 from opsmgr.fleet import slots
 from opsmgr.fleet import supervisor as supervisor_module
 from opsmgr.fleet.follower import Follower
@@ -21,7 +23,7 @@ from opsmgr.fleet.supervisor import Supervisor
 from opsmgr.targets import Target
 from sprite_agent.contract.validation import validate
 from support.repos import LOOP, LoopFiles, event, line
-from support.waiting import eventually
+from support.waiting import DEADLINE, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator
@@ -183,6 +185,63 @@ async def test_only_what_has_changed_begins_anew(settings: FleetSettings, tmp_pa
         assert after["one"] is before["one"]
         assert after["two"] is not before["two"]
         assert after["two"].target == changed
+
+
+async def test_targets_may_change_while_the_status_is_told(
+    settings: FleetSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    telling, go_on = threading.Event(), threading.Event()
+
+    def look(follower: Follower) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            telling.set()
+            go_on.wait(DEADLINE)
+        return follower.__dict__["view"]
+
+    def keep(follower: Follower, view: Any) -> None:
+        follower.__dict__["view"] = view
+
+    monkeypatch.setattr(Follower, "view", property(look, keep), raising=False)
+    one, two = here(tmp_path, "one"), here(tmp_path, "two")
+    async with supervised(settings, [one]) as supervisor:
+        await eventually(telling.is_set, "the first row is told")
+        await supervisor.supervise([one, two])
+        go_on.set()
+        await eventually(lambda: list(rows(settings)) == ["one", "two"], "both are told")
+
+
+async def test_an_end_during_a_reload_waits_for_who_still_writes(
+    settings: FleetSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = here(tmp_path, "one")
+    kept = one.store()
+    writing, go_on = threading.Event(), threading.Event()
+    save = store.save
+
+    def slow(path: Path, document: Any, **options: Any) -> None:
+        if path == kept.state:
+            writing.set()
+            go_on.wait(DEADLINE)
+        save(path, document, **options)
+
+    monkeypatch.setattr(store, "save", slow)
+    supervisor = Supervisor(settings, FleetMetrics())
+    await supervisor.supervise([one])
+    running = asyncio.create_task(supervisor.run())
+    await eventually(writing.is_set, "a pass writes")
+    reloading = asyncio.create_task(supervisor.supervise([]))
+    await eventually(lambda: not supervisor.views(), "the target is told to end")
+    reloading.cancel()
+    running.cancel()
+    done, _ = await asyncio.wait({reloading, running}, timeout=0.2)
+    with pytest.raises(LoopLocked), kept.locked():
+        pass
+    go_on.set()
+    await asyncio.wait({running})
+
+    assert done == {reloading}
+    with kept.locked():
+        assert _handled(one) == 1
 
 
 def _handled(target: Target) -> int:
