@@ -64,6 +64,7 @@ class Follower:
         self._caught_up = False
         self._due = asyncio.Event()
         self._intents_seen: float | None = None
+        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
         """Supervises until cancelled. Whatever goes wrong is told in the view and tried again."""
@@ -79,7 +80,7 @@ class Follower:
             await asyncio.sleep(self._settings.poll_seconds)
 
     def look_for_intents(self) -> None:
-        """Has the target projected anew if somebody has controlled it. Blocks on the disk, shortly."""
+        """Has the target projected anew if somebody has controlled it. Blocks on the disk, shortly: for any thread."""
         try:
             changed = self._target.store().intents.stat().st_mtime
         except FileNotFoundError:
@@ -87,7 +88,7 @@ class Follower:
         except (OSError, OpsError):
             return
         if self._intents_seen is not None and changed != self._intents_seen:
-            self._due.set()
+            self._loop.call_soon_threadsafe(self._due.set)
         self._intents_seen = changed
 
     async def _supervise(self, store: LoopStore) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -377,6 +378,20 @@ async def test_a_control_has_its_target_projected_anew(
         await eventually(lambda: len(lines_of(folder.reconcile_telemetry)) > passes, "another pass")
 
     assert unchanged == passes
+
+
+async def test_a_control_that_another_thread_sees_is_told_in_the_thread_of_the_event_loop(
+    target: Target, settings: FleetSettings, folder: LoopStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with followed(target, settings) as follower:
+        told: list[threading.Thread] = []
+        monkeypatch.setattr(follower._due, "set", lambda: told.append(threading.current_thread()))  # noqa: SLF001  # what it tells
+        await asyncio.to_thread(follower.look_for_intents)
+        folder.intents.write_text('{"status": "ambiguous"}\n')
+        await asyncio.to_thread(follower.look_for_intents)
+        await eventually(lambda: told, "it is told")
+
+    assert told == [threading.current_thread()]
 
 
 async def test_a_loop_that_another_manager_works_on_is_left_alone_until_it_is_free(
