@@ -37,6 +37,8 @@ class AgentMemory:
     """Why control is frozen; None: it is not."""
     findings: list[Finding] = field(default_factory=list)
     """Those of the last snapshot."""
+    frozen_before: str | None = field(default=None, compare=False)
+    """`frozen` as it was loaded: unless it has changed since, it is not this memory's word that counts."""
 
     def look_at(self, now: JournalHead | None) -> list[Escalation]:
         """Takes note of how far the journal is said to have got; a step back freezes control."""
@@ -79,19 +81,21 @@ def load_memory(store: LoopStore) -> AgentMemory:
     return AgentMemory(
         journal=None if head is None else JournalHead(**head),
         frozen=saved.get("frozen"),
+        frozen_before=saved.get("frozen"),
         findings=[Finding(**found) for found in saved.get("findings", ())],
     )
 
 
 def save_memory(store: LoopStore, memory: AgentMemory) -> None:
-    """Saves the memory; what another manager has saved since it was loaded is not undone.
+    """Saves the memory; what another manager has saved since it was loaded, or an operator said, is not undone.
 
     Raises:
         InputInvalid: the file can't be read or written.
     """
     with _changing(store):
         known = load_memory(store)
-        memory.frozen = memory.frozen or known.frozen
+        if memory.frozen == memory.frozen_before:
+            memory.frozen = known.frozen
         ahead = memory.journal is None or known.journal is None or known.journal.sequence > memory.journal.sequence
         if ahead and memory.frozen is None:
             memory.journal = known.journal or memory.journal

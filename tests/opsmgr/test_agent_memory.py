@@ -121,6 +121,21 @@ def test_what_another_manager_has_saved_meanwhile_is_not_undone(store: LoopStore
     assert load_memory(store).frozen is None
 
 
+def test_an_unfreeze_is_not_undone_by_who_had_loaded_the_memory_before(store: LoopStore) -> None:
+    save_memory(store, AgentMemory(journal=FIRST, frozen="because"))
+    slow = load_memory(store)
+    unfreeze(store)
+
+    save_memory(store, slow)
+    assert load_memory(store).frozen is None
+
+    slow = load_memory(store)
+    slow.look_at(FIRST._replace(sequence=4))
+    unfreeze(store)
+    save_memory(store, slow)
+    assert load_memory(store).frozen is not None, "it had not been frozen for that"
+
+
 def test_a_finding_is_told_when_it_is_new() -> None:
     memory = AgentMemory()
     finding = Finding("APPROVAL_UNATTRIBUTED", "who was that?")
