@@ -67,6 +67,28 @@ class AgentMemory:
             raise AgentStateRolledBack(f"control is frozen: {self.frozen}; look into it, then 'opsmgr unfreeze'")
 
 
+def escalate(
+    store: LoopStore, found: Iterable[Escalation], *, loop_id: str, trace_id: str | None, transport: str
+) -> None:
+    """Adds to the log of what an operator has to hear of.
+
+    Raises:
+        InputInvalid: it can't be written.
+    """
+    for category, evidence in found:
+        files.append(
+            store.escalations,
+            {
+                "timestamp": clock.now(),
+                "loopId": loop_id,
+                "traceId": trace_id,
+                "category": category,
+                "transport": transport,
+                "evidence": evidence,
+            },
+        )
+
+
 def load_memory(store: LoopStore) -> AgentMemory:
     """The memory as it was saved; an empty one where there is none.
 

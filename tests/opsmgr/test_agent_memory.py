@@ -24,10 +24,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from opsmgr.transport.base import Transport
+    from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
 FIRST = JournalHead("journal-1", 5, "a" * 64)
+
+
+class _RolledBack(LocalTransport):
+    """The local transport, whose journal is another one after a control, once that is wanted."""
+
+    is_restored = False
+
+    async def execute(self, request: ControlRequest) -> ControlResult:
+        result = await super().execute(request)
+        if self.is_restored and self.journal is not None:
+            self.journal = self.journal._replace(id="restored")
+        return result
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +183,26 @@ async def test_an_agent_that_was_rolled_back_is_noticed_before_the_next_control_
         await send(restored, store, asked(5))
 
     assert len(executions(repo)) == 4
+    assert escalations(store) == ["agent_state_rolled_back"]
     await restored.close()
+
+
+async def test_an_agent_that_is_rolled_back_during_a_control_is_escalated_by_that(
+    repo: LoopFiles, config: ServeConfig, store: LoopStore
+) -> None:
+    repo.append(line(event()))
+    repo.state.write_text('{"active": true}')
+    local = _RolledBack(repo.repo, runtime=str(STANDIN), state_folder=config.state_folder)
+    await send(local, store, asked(1))
+    repo.state.write_text('{"active": true}')
+    local.is_restored = True
+
+    result = await send(local, store, asked(2))
+    await local.close()
+
+    assert result["status"] == "executed_unconfirmed"
+    assert escalations(store) == ["agent_state_rolled_back"]
+    assert load_memory(store).frozen is not None
 
 
 async def test_a_reconcile_escalates_a_rolled_back_agent_and_an_approval_that_was_not_ours(

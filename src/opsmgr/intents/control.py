@@ -11,7 +11,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from opsmgr.agent_memory import load_memory, save_memory
+from opsmgr.agent_memory import escalate, load_memory, save_memory
 from opsmgr.errors import InputInvalid
 from opsmgr.intents.control_records import Invocation, exit_code
 from opsmgr.intents.outbox import Outbox, Row
@@ -156,7 +156,6 @@ class _Sending:
 
     async def run(self) -> ControlResult:
         """The result, recorded; the row has it too."""
-        transport = self.call.transport
         try:
             memory = await self._trusting()
             for other in self.outbox.unsettled():
@@ -173,9 +172,9 @@ class _Sending:
         # The records come first: a row that is done would have nobody write them later.
         self.call.came_out(self.store, result, tell=self.tell)
         done = result["state"] == "done"
-        memory.look_at(transport.journal)
         try:
             self.outbox.save(replace(self.row, state="done", result=result) if done else self._unknown(None))
+            self._look(memory)
             save_memory(self.store, memory)
             self.outbox.prune()
         except (InputInvalid, OSError) as error:
@@ -192,13 +191,21 @@ class _Sending:
             memory.refuse_if_frozen()
             if memory.journal is not None:
                 await transport.info()  # says how far the journal has got, before it gets any further
-                if memory.look_at(transport.journal):
+                self._look(memory)
+                if memory.frozen is not None:
                     save_memory(self.store, memory)
                     memory.refuse_if_frozen()
         except OpsError as error:
             error.executed = self._so_far()
             raise
         return memory
+
+    def _look(self, memory: AgentMemory) -> None:
+        """Notes how far the journal has got. That it went back is escalated: once it is saved nobody finds it again."""
+        request, transport = self.call.request, self.call.transport
+        found = memory.look_at(transport.journal)
+        trace_id = request.get("traceId")
+        escalate(self.store, found, loop_id=request["loopId"], trace_id=trace_id, transport=transport.name)
 
     async def _result(self) -> ControlResult:
         """What came of the key: as it is known, as the agent has it, or else of sending."""

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from opsmgr import store as files
-from opsmgr.agent_memory import load_memory, save_memory
+from opsmgr.agent_memory import escalate, load_memory, save_memory
 from opsmgr.cursors import load_cursor, save_cursor
 from opsmgr.passes.escalations import find_escalations
 from opsmgr.passes.health import Figures, judge
@@ -241,18 +241,7 @@ def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, 
         files.save(store.heartbeat, verdict.heartbeat)
     if done.state is not None:
         files.save(store.state, done.state)
-    for category, evidence in verdict.escalations:
-        files.append(
-            store.escalations,
-            {
-                "timestamp": clock.now(),
-                "loopId": options.loop_id,
-                "traceId": options.trace_id,
-                "category": category,
-                "transport": transport.name,
-                "evidence": evidence,
-            },
-        )
+    escalate(store, verdict.escalations, loop_id=options.loop_id, trace_id=options.trace_id, transport=transport.name)
     if done.state is not None:
         save_cursor(store.cursor, done.after, repo_path=done.state["source"]["repoPath"], loop_id=options.loop_id)
     if verdict.sequence is not None:
