@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import TYPE_CHECKING
 
 import pytest
 from conftest import TOKEN
 
-from opsmgr.errors import NotReached
+from opsmgr.errors import NoAnswer, NotReached
 from opsmgr.targets import Target
-from opsmgr.transport import credentials
+from opsmgr.transport import credentials, sprite_service
 from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import NotAuthenticated
@@ -20,6 +21,7 @@ from support.certificates import Authority, put
 from support.following import Follower
 from support.repos import LOOP, event, line
 from support.signing import SPRITE, Manager, put_keys
+from support.waiting import DEADLINE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,3 +123,27 @@ async def test_when_the_authority_is_replaced_new_calls_go_by_the_new_one_and_st
         await transport.close()
 
     assert lines == [1, 2]
+
+
+async def test_a_stream_that_outlives_the_channel_it_goes_over_is_lost_and_its_reader_is_not_cancelled(
+    config: ServeConfig, target: Target, repo: LoopFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sprite_service, "RETIREMENT", 0.1)
+    before, after = Authority(), Authority("the next one")
+    ca = put(tmp_path / "ca.pem", before.pem)
+    cert, key = before.issue().put(tmp_path, "agent")
+    tls = TlsFiles(cert=cert, key=key, client_ca=None)
+    repo.append(line(event()))
+    async with running(dataclasses.replace(config, listen="127.0.0.1:0", tls=tls)) as address:
+        transport = connect(dataclasses.replace(target, address=address, tls_ca=ca))
+        async with Follower(transport.events(EventQuery(loop_id=LOOP, follow=True))) as stream:
+            await stream.until_lines(1)
+            after.issue().put(tmp_path, "agent")
+            put(ca, after.pem)
+            await transport.info()
+            reading = asyncio.create_task(stream.to_end())
+            await asyncio.wait({reading}, timeout=DEADLINE)
+        await transport.close()
+
+    with pytest.raises(NoAnswer, match="closed here"):
+        reading.result()

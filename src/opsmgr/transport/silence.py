@@ -33,7 +33,7 @@ class Silence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._since = math.inf
-        if self._is_over and kind is asyncio.CancelledError and not _is_cancelled():
+        if self._is_over and kind is asyncio.CancelledError and not is_cancelled():
             raise TimeoutError from error
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Silence:
             self._call.cancel()
 
 
-def _is_cancelled() -> bool:
+def is_cancelled() -> bool:
     """Whether somebody wants this task to end."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -20,7 +20,7 @@ from opsmgr.transport.credentials import Credentials
 from opsmgr.transport.messages import batch_from, result_from, stream_request
 from opsmgr.transport.probes import serving
 from opsmgr.transport.retry import Retries, RetryPolicy, retried
-from opsmgr.transport.silence import Silence
+from opsmgr.transport.silence import Silence, is_cancelled
 from sprite_agent.contract import control_mirror, error_details, mirror
 from sprite_agent.contract.agent_state import Finding, JournalHead
 from sprite_agent.contract.loop_ids import check_loop_id
@@ -160,6 +160,12 @@ class SpriteServiceTransport:
                 except TimeoutError as error:
                     raise NoAnswer(
                         f"{self._target} was silent for {silence.most:.0f} s", details={"target": self._target}
+                    ) from error
+                except asyncio.CancelledError as error:
+                    if is_cancelled():
+                        raise
+                    raise NoAnswer(  # else a channel that is retired would end the reader's task
+                        f"the connection to {self._target} was closed here", details={"target": self._target}
                     ) from error
                 if message is grpc.aio.EOF:
                     return
