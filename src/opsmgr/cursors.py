@@ -81,6 +81,10 @@ class CursorFile:
         """Whether there was a file to go on from."""
         self.position = Position() if path is None or from_start else load_cursor(path, loop_id)
 
+    def begin(self, position: Position) -> None:
+        """Goes on from elsewhere; the file says so with the next batch."""
+        self.position = position
+
     def save_after(self, batch: EventBatch, repo_path: str) -> None:
         """Moves past `batch`, which has been handled."""
         self.position = self.position.after(batch)

@@ -31,6 +31,7 @@ async def follow(
     tell: Callable[[str], None],
     max_events: int = 0,
     trace_id: str | None = None,
+    begun: Callable[[Position], None] = lambda _: None,
 ) -> AsyncGenerator[EventBatch]:
     """The batches of a loop's events, each event once, until `max_events` (0: for ever).
 
@@ -43,6 +44,7 @@ async def follow(
         tell: told, in a sentence for people, of lost connections and replaced logs.
         max_events: end after so many.
         trace_id: passed on.
+        begun: told of the position to begin at that `start` does not say: now, and the first line of another log.
 
     Raises:
         Refused: the agent says no.
@@ -53,7 +55,9 @@ async def follow(
 
     if start is None:
         now = await transport.snapshot(loop_id, trace_id=trace_id)
-        start = Position(line=now.envelope["cursor"]["eventLineOffset"], resume_token=now.resume_token)
+        cursor, token = now.envelope["cursor"], now.resume_token
+        start = Position(line=cursor["eventLineOffset"], line_count=cursor["eventLineCount"], resume_token=token)
+        begun(start)
     received = 0
     while True:
         query = EventQuery(
@@ -72,5 +76,6 @@ async def follow(
         except (LogReplaced, LogTruncated, HistoryRewritten) as error:
             tell(f"{error.message}: going on with its first line")
             start = Position()
+            begun(start)
         else:
             return

@@ -879,6 +879,15 @@ def test_watching_starts_from_now(loop: _Loop) -> None:
     assert rest == list(range(first + 1, before + appended + 1))
 
 
+def test_the_cursor_of_a_watch_that_starts_from_now_is_at_the_end_of_the_log(loop: _Loop, tmp_path: Path) -> None:
+    cursor = tmp_path / "cursor.json"
+    with watching(loop, "--cursor-file", cursor):
+        until(cursor.exists, "the cursor is saved")
+        saved = json.loads(cursor.read_bytes())
+
+    assert (saved["eventLineOffset"], saved["eventLineCount"]) == (loop.lines, loop.lines)
+
+
 def test_a_watch_ends_by_itself_after_as_many_events_as_asked_for(loop: _Loop, tmp_path: Path) -> None:
     cursor = tmp_path / "cursor.json"
 
@@ -933,6 +942,18 @@ def test_a_replaced_log_is_told_and_gone_on_with_from_its_first_line(here: _Loop
 
     assert "going on with its first line" in said
     assert said.count("\n") == 1
+
+
+def test_the_cursor_of_a_watch_is_of_the_log_that_is_there(here: _Loop, tmp_path: Path) -> None:
+    cursor = tmp_path / "cursor.json"
+    with watching(here, "--from-start", "--cursor-file", cursor):
+        until(lambda: cursor.exists() and json.loads(cursor.read_bytes())["eventLineOffset"] == here.lines, "all came")
+        draft = here.log.with_suffix(".draft")
+        draft.touch()
+        draft.replace(here.log)
+        until(lambda: json.loads(cursor.read_bytes())["eventLineCount"] == 0, "the other log is noticed")
+
+        assert json.loads(cursor.read_bytes())["eventLineOffset"] == 0
 
 
 def test_on_a_terminal_a_watch_shows_readable_lines_without_control_characters(here: _Loop) -> None:

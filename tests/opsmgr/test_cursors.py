@@ -159,6 +159,16 @@ def test_an_empty_batch_leaves_the_line_in_the_file(path: Path) -> None:
     assert load_cursor(path, LOOP) == Position(line=5, line_count=6, resume_token=NEXT)
 
 
+def test_where_another_position_is_begun_at_the_file_says_so_from_the_next_batch_on(path: Path) -> None:
+    put(path, eventLineOffset=5, eventLineCount=5)
+    cursor = CursorFile(path, LOOP, from_start=False)
+
+    cursor.begin(Position())
+    cursor.save_after(batch(0, 0, events=0), "/srv/repo")
+
+    assert load_cursor(path, LOOP) == Position(resume_token=NEXT)
+
+
 def test_from_the_start_the_file_is_not_even_read(path: Path) -> None:
     path.write_bytes(b"broken")
 

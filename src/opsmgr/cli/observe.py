@@ -169,7 +169,13 @@ class _Watching:
                 repo_path = (await transport.info()).repo_path if self.cursor_file else ""
                 replayed = counted(transport, line) if self.from_start and not self.names else transport
                 async for batch in follow(
-                    replayed, target.loop, start=start, tell=tell, max_events=self.max_events, trace_id=self.trace_id
+                    replayed,
+                    target.loop,
+                    start=start,
+                    tell=tell,
+                    max_events=self.max_events,
+                    trace_id=self.trace_id,
+                    begun=at.begin,
                 ):
                     for event in batch.events:
                         if self.people:
