@@ -315,11 +315,27 @@ async def test_a_log_that_got_shorter_before_the_stream_noticed_is_read_anew(fed
         await fed.passes(after_line=2)
     loop.replace(fresh("new"))
 
+    before = fed.feed.is_overtaken
     await fed.passes()
 
     assert "log_replaced" in fed.categories
     assert fed.ingested == [2, 1]
     assert fed.cursor["eventLineOffset"] == 1
+    assert (before, fed.feed.is_overtaken) == (False, True)
+
+
+async def test_of_a_feed_that_was_overtaken_nothing_is_taken_any_more(fed: _Fed, loop: LoopFiles) -> None:
+    async with fed.streaming():
+        await fed.passes(after_line=2)
+    loop.replace(fresh("new"))
+    await fed.passes()
+    fed.feed.put(batch(3, 9))  # of the old log
+    loop.append(*(fresh() for _ in range(9)))
+
+    state = await fed.passes()
+
+    assert fed.ingested == [2, 1, 9]
+    assert state["cursor"]["eventLineOffset"] == 10
 
 
 async def test_a_failure_that_is_known_is_written_down_without_another_try(fed: _Fed, loop: LoopFiles) -> None:

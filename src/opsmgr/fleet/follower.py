@@ -120,12 +120,15 @@ class Follower:
             await self._stream(transport, store)
         except (LogReplaced, LogTruncated, HistoryRewritten) as error:
             _log.warning("another log", target=self._target.name, reason=error.reason)
-            self._feed.start_over(error)
-            self._position = Position()
+            if not self._feed.is_overtaken:  # else that is told, and the cursor is in the new log
+                self._feed.start_over(error)
+                self._position = Position()
         except OpsError as error:
             await self._go_without(transport, store, error)
         else:
             await asyncio.sleep(random.uniform(0, _RENEWAL_JITTER))  # noqa: S311  # spreads load
+        if self._feed.is_overtaken:
+            await self._go_back(store)
         self.view.reconnects += 1
         self._metrics.reconnected(self._target.name)
 
@@ -142,6 +145,8 @@ class Follower:
         try:
             async with contextlib.aclosing(transport.events(query)) as batches:
                 async for batch in batches:
+                    if self._feed.is_overtaken:
+                        return
                     self._take(batch, first=first)
                     first, caught_up = False, batch.caught_up
                     del batch  # not kept while it waits for its turn
@@ -239,13 +244,17 @@ class Follower:
 
     async def _poll(self, transport: Transport, store: LoopStore) -> None:
         """One pass without a stream, by the agent or else by the repo itself where that is allowed."""
-        self._feed = Feed()  # the pass reads again what had come and was not handled
         if await self._pass(transport, store, None):
             self._reach("poll")
         else:
             fallback = self._target.local_fallback()
             if fallback is None or not await self._pass_by(fallback, store):
                 self._reach("none", failed=True)
+        await self._go_back(store)
+
+    async def _go_back(self, store: LoopStore) -> None:
+        """Gives up what has come and was not handled: the cursor says where to go on."""
+        self._feed = Feed()
         self._position = await asyncio.to_thread(load_cursor, store.cursor, self._target.loop)
 
     async def _pass_by(self, fallback: Target, store: LoopStore) -> bool:

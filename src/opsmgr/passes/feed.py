@@ -68,6 +68,8 @@ class Feed:
         self._more = asyncio.Event()
         self.lost: OpsError | None = None
         """Why the stream began anew with the first line, until a pass has written that."""
+        self.is_overtaken = False
+        """Whether a pass has written that, and handled some of the new log, before the stream was told."""
 
     @property
     def received(self) -> int:
@@ -119,10 +121,15 @@ class Feed:
             is_whole=not any(first < line < last for first, last, _ in self._folded for line in (begin, end)),
         )
 
-    def handled(self, portion: Portion) -> None:
-        """Lets go of a portion, and of whatever else is up to its end."""
+    def handled(self, portion: Portion, lost: OpsError | None = None) -> None:
+        """Lets go of a portion, and of whatever else is up to its end.
+
+        `lost`: why the log is another one than before, as the pass was told or has found.
+        """
         if portion.log != self._log:
             return  # of a log that is gone: the new one has not been looked at
+        if lost is not self.lost:
+            self.is_overtaken = True
         self._handled, self.lost = portion.end, None
         self._folded = [(first, last, count) for first, last, count in self._folded if last > portion.end]
         while self._batches and _last_line(self._batches[0]) <= portion.end:

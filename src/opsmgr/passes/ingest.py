@@ -131,7 +131,7 @@ async def _take(feed: Feed, done: Pass, snapshot: Snapshot, received: int) -> bo
     feed.split(end)
     if feed.lost is not None:
         done.lost, done.after = feed.lost, Position()
-    whole = received <= end and await feed.reaches(end, within=FEED_PATIENCE)
+    whole = not feed.is_overtaken and received <= end and await feed.reaches(end, within=FEED_PATIENCE)
     done.portion = feed.portion(end, after=done.after.line)
     if not (whole and done.portion.is_whole):
         return False

@@ -77,7 +77,7 @@ async def reconcile_held(
         await _in_thread(lambda: _settle(transport, store, options, done))
     finally:  # a pass that is cancelled here has been written all the same
         if feed is not None and done.portion is not None and done.is_kept:
-            feed.handled(done.portion)
+            feed.handled(done.portion, done.lost)
     if done.failure is not None:
         raise done.failure
     assert done.state is not None  # noqa: S101  # no failure

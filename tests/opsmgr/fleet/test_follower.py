@@ -22,7 +22,7 @@ from opsmgr.passes.thresholds import Thresholds
 from opsmgr.store import LoopStore
 from opsmgr.targets import Target
 from opsmgr.transport.sprite_service import SpriteServiceTransport
-from sprite_agent.errors import Draining
+from sprite_agent.errors import Draining, LogReplaced
 from sprite_agent.face.server import running
 from support.repos import LOOP, event, line, put
 from support.waiting import eventually
@@ -361,6 +361,40 @@ async def test_another_log_in_the_place_of_the_one_is_escalated_and_read_from_it
 
     assert "log_replaced" in categories(folder)
     assert "ordering_drift_detected" not in categories(folder)
+
+
+async def test_another_log_that_a_pass_notices_before_the_stream_is_told_and_taken_once(
+    config: ServeConfig,
+    target: Target,
+    settings: FleetSettings,
+    repo: LoopFiles,
+    folder: LoopStore,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = SpriteServiceTransport.events
+
+    async def late(transport: SpriteServiceTransport, query: EventQuery) -> AsyncGenerator[EventBatch]:
+        try:
+            async with contextlib.aclosing(events(transport, query)) as batches:
+                async for batch in batches:
+                    yield batch
+        except LogReplaced:
+            if query.follow:
+                await eventually(lambda: "log_replaced" in categories(folder), "a pass notices")
+            raise
+
+    monkeypatch.setattr(SpriteServiceTransport, "events", late)
+    repo.append(*(line(event("usage_check")) for _ in range(5)))
+    async with running(config), followed(target, replace(settings, reproject_seconds=0.05)):
+        await eventually(lambda: ingested(folder) == 5, "the log so far is handled")
+        repo.replace(line(event("loop_start")) + line(event("usage_check")))
+        await eventually(lambda: ingested(folder) == 7, "the other log is handled")
+        repo.append(line(event("loop_complete")))
+        await eventually(lambda: ingested(folder) >= 8, "and what is added to it")
+
+    assert ingested(folder) == 8
+    assert categories(folder).count("log_replaced") == 1
 
 
 async def test_a_control_has_its_target_projected_anew(
