@@ -31,6 +31,11 @@ class NotReached(NoAnswer):
     reason = "NOT_REACHED"
     executed = False
 
+    def __init__(self, told: str, *, details: dict[str, str]) -> None:
+        """`told`: why no connection was made."""
+        super().__init__(f"{told}; nothing was sent", details=details)
+        self.told = told
+
 
 class TransportRefused(Refused):
     """Something on the way, or no agent at all, refused the call: another try will not do better."""
@@ -58,3 +63,13 @@ class AgentStateRolledBack(Refused):
 
     status = "FAILED_PRECONDITION"
     reason = "AGENT_STATE_ROLLED_BACK"
+
+
+def in_doubt(error: OpsError) -> OpsError:
+    """What `error` says of a request an earlier try of which may have been run: it tells of its own try only."""
+    if isinstance(error, NotReached):
+        earlier = NoAnswer(error.told, details=error.details, retry_after=error.retry_after)
+        earlier.retryable, earlier.attempts = error.retryable, error.attempts
+        return earlier
+    error.executed = None
+    return error

@@ -13,7 +13,7 @@ import pytest
 
 from conformance import documents
 from opsmgr.agent_memory import AgentMemory, save_memory
-from opsmgr.errors import AgentStateRolledBack, InputInvalid, NoAnswer, TransportRefused
+from opsmgr.errors import AgentStateRolledBack, InputInvalid, NoAnswer, NotReached, TransportRefused
 from opsmgr.intents.control import SENDS, exit_code, new_key, resume, row_to_resume, send
 from opsmgr.intents.outbox import Outbox
 from opsmgr.store import LoopStore, default_folder
@@ -409,6 +409,8 @@ class _Losing(LocalTransport):
     async def get_control(self, loop_id: str, key: str) -> ControlResult:
         if self.lost and self.lost[0] == "all":
             raise NoAnswer("no answer: the line is down")
+        if self.lost and self.lost[0] == "agent":
+            raise NotReached("no answer: connection refused", details={})
         return await super().get_control(loop_id, key)
 
 
@@ -508,6 +510,22 @@ async def test_a_line_that_stays_down_leaves_a_row_that_is_resumed(
     assert (result["status"], len(losing.sent), executions(repo)) == ("confirmed", 1, 1)
     assert row_of(store).state == "done"
     assert [entry["status"] for entry in records(store)] == ["ambiguous", "confirmed"]
+
+
+async def test_when_the_agent_is_gone_it_is_not_said_that_nothing_was_sent(
+    losing: _Losing, store: LoopStore, repo: Path
+) -> None:
+    losing.lost = ["answer", "agent"]
+    with pytest.raises(NoAnswer) as first:
+        await send(losing, store, request())
+
+    with pytest.raises(NoAnswer) as resumed:
+        await resume(losing, store, row_of(store))
+
+    for caught in (first, resumed):
+        assert (caught.value.reason, caught.value.executed) == ("NO_ANSWER", None)
+        assert "nothing was sent" not in caught.value.message
+    assert executions(repo) == 1
 
 
 async def test_after_so_many_lost_requests_it_is_given_up(losing: _Losing, store: LoopStore, repo: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opsmgr.errors import LoopLocked, NoAnswer
+from opsmgr.errors import LoopLocked, NoAnswer, NotReached
 from opsmgr.transport.base import Attempts
 from opsmgr.transport.retry import Retries, RetryPolicy, retried
 from opsmgr.watch import PATIENT
@@ -120,6 +120,17 @@ async def test_what_an_earlier_try_may_have_run_is_not_denied_by_the_last(clock:
         await retried(failing(NoAnswer("lost"), Draining("stopping"), last), tries(RetryPolicy(attempts=3)))
 
     assert caught.value.executed is None
+
+
+async def test_that_nothing_was_sent_is_not_said_where_an_earlier_try_was(clock: _Clock) -> None:
+    with pytest.raises(NoAnswer) as caught:
+        await retried(
+            failing(NoAnswer("lost"), *(NotReached("refused", details={"target": "t"}) for _ in range(2))),
+            tries(RetryPolicy(attempts=3)),
+        )
+
+    assert (caught.value.reason, caught.value.message) == ("NO_ANSWER", "refused")
+    assert (caught.value.executed, caught.value.details, caught.value.attempts) == (None, {"target": "t"}, 3)
 
 
 async def test_what_no_try_has_run_is_said(clock: _Clock) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from opsmgr.agent_memory import escalate, load_memory, save_memory
-from opsmgr.errors import InputInvalid
+from opsmgr.errors import InputInvalid, in_doubt
 from opsmgr.intents.control_records import Invocation, exit_code
 from opsmgr.intents.outbox import Outbox, Row
 from sprite_agent.contract import clock
@@ -228,11 +228,10 @@ class _Sending:
                     open_ends = error
                     continue
                 if open_ends is not None or attached or (self.row.attempts > 1 and error.retryable):
-                    # It tells of its own send only: an earlier one may have run something.
-                    error.executed = None
-                    self._keep(self._unknown(error))
-                else:
-                    self._keep(replace(self.row, state="refused", error=_told(error)))
+                    told = in_doubt(error)
+                    self._keep(self._unknown(told))
+                    raise told from None
+                self._keep(replace(self.row, state="refused", error=_told(error)))
                 raise
         assert open_ends is not None  # noqa: S101  # every way round the loop leaves one
         raise open_ends
@@ -266,8 +265,7 @@ class _Sending:
         except ControlNotFound:
             return None
         except OpsError as error:
-            error.executed = None
-            raise open_ends or error from None
+            raise open_ends or in_doubt(error) from None
 
     def _refuse_elsewhere(self) -> None:
         """Returns where the row was sent to: another agent's journal does not know what ran elsewhere."""

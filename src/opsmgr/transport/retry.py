@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from opsmgr.errors import in_doubt
 from sprite_agent.errors import OpsError, SignatureReplayed, SignatureStale
 
 if TYPE_CHECKING:
@@ -60,15 +61,15 @@ class Retries:
         """Seconds to wait before the next try.
 
         A signature that came too late, or twice, is made anew at once, and once: it is the clocks' fault otherwise.
-        A refusal tells of its own try only: `error.executed` is None when an earlier one may have run something.
 
         Raises:
-            OpsError: `error` itself, when it is not retryable or there is to be no further try.
+            OpsError: `error`, when it is not retryable or there is to be no further try; `in_doubt`, where an earlier
+                one may have run something.
         """
         self._failures += 1
         error.attempts = self._failures
         if self._unknown:
-            error.executed = None
+            error = in_doubt(error)
         self._unknown = error.executed is None
         if isinstance(error, SignatureStale | SignatureReplayed) and not self._signed_anew:
             self._signed_anew, wait = True, 0.0

@@ -307,7 +307,7 @@ class SpriteServiceTransport:
             if self._credentials.was_connected(said):
                 no_answer = NoAnswer(message, details=details)
             else:
-                no_answer = NotReached(f"{message}; nothing was sent", details=details)
+                no_answer = NotReached(message, details=details)
             no_answer.retryable = _TOO_LARGE not in said
             _heed(_text(trailers.get(PUSHBACK_TRAILER)), no_answer)
             return no_answer
