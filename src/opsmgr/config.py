@@ -208,14 +208,19 @@ def _fleet(table: Table) -> FleetSettings:
     metrics = table.text("metrics")
     if metrics is not None:
         try:
-            if metrics.startswith("unix:") or not is_local(metrics):
-                table.blame("metrics", f"{metrics} is not on loopback: the counts are told to everyone who asks")
+            check_metrics(metrics)
         except ValueError as error:
             table.blame("metrics", str(error))
     times = {key: table.seconds(key) for key in ("poll_seconds", "reproject_seconds", "settle_seconds")}
     counts = {key: table.whole(key, least=1) for key in ("max_catch_ups", "max_passes")}
     given: dict[str, Any] = {key: value for key, value in (times | counts).items() if value is not None}
     return FleetSettings(status_file=table.path("status_file") or default_status_file(), metrics=metrics, **given)
+
+
+def check_metrics(address: str) -> None:
+    """Raises ValueError for what is no HOST:PORT on loopback."""
+    if address.startswith("unix:") or not is_local(address):
+        raise ValueError(f"{address} is not on loopback: the counts are told to everyone who asks")
 
 
 def default_status_file() -> Path:

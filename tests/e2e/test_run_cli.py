@@ -134,6 +134,24 @@ def test_its_counts_and_its_health_can_be_scraped(daemon: Daemon) -> None:
     assert health["ok"]
 
 
+@pytest.mark.parametrize(
+    "address", ["foo", "127.0.0.1", "", "127.0.0.1:99999", "0.0.0.0:9556", ":9464", "9464", "unix:/run/metrics.sock"]
+)
+def test_an_address_for_metrics_that_the_config_may_not_have_is_refused(files: Path, address: str) -> None:
+    ended = subprocess.run(
+        [PROGRAM, "run", "--config", str(configure(files, "one")), "--metrics", address],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+    assert ended.returncode == 64
+    told = ended.stderr.splitlines()[-1]
+    assert told.startswith("Error: --metrics: ")
+    assert address in told
+
+
 def test_a_second_one_with_the_same_status_file_does_not_start(daemon: Daemon, files: Path) -> None:
     until(lambda: daemon.reaches("one", "two"), "both are followed")
     second = subprocess.run(

@@ -29,10 +29,15 @@ def run(*, config_file: Path | None, metrics: str | None, log_level: str) -> Non
     import gc
     from dataclasses import replace
 
-    from opsmgr.config import find_config, load_config
+    from opsmgr.config import check_metrics, find_config, load_config
     from opsmgr.fleet import daemon
     from sprite_agent import logs
 
+    if metrics is not None:
+        try:
+            check_metrics(metrics)
+        except ValueError as error:
+            raise click.UsageError(f"--metrics: {error}") from error
     logs.configure(log_level)
     with reported(json=False):
         config = load_config(find_config(config_file))
