@@ -1210,6 +1210,19 @@ def test_an_argument_that_is_no_text_is_an_error_and_no_traceback(
     assert ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("approve", "--note"), ("approve", "--target"), ("approve", "--by"), ("loops", "--sprite-id")],
+)
+def test_an_argument_that_is_no_text_is_named_as_it_was_given(
+    repo: Path, env: dict[str, str], command: str, option: str
+) -> None:
+    ended = run(command, "--repo", repo, option, b"gr\xfcn", env=env)
+
+    assert ended.returncode == 64
+    assert ended.stderr.endswith(f"Error: {option} 'gr\\udcfcn' is not valid UTF-8\n")
+
+
 def test_with_json_a_path_that_is_no_text_is_in_an_error_document(tmp_path: Path, env: dict[str, str]) -> None:
     ended = run("snapshot", "--json", "--loop", "demo", "--repo", os.fsencode(tmp_path) + b"/\xff", env=env)
 

@@ -217,4 +217,9 @@ def refuse_what_is_no_text(options: dict[str, Any]) -> None:
         try:
             (value if isinstance(value, str) else "").encode()
         except UnicodeEncodeError as error:
-            raise click.UsageError(f"--{name.replace('_', '-')} {value!a} is not valid UTF-8") from error
+            raise click.UsageError(f"{_option(name)} {value!a} is not valid UTF-8") from error
+
+
+def _option(name: str) -> str:
+    """What the option of a parameter is called: many have the parameter's name, but not all."""
+    return next(each.opts[0] for each in click.get_current_context().command.params if each.name == name)
