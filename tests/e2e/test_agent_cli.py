@@ -249,6 +249,20 @@ def test_a_state_folder_that_sandbox_code_can_write_is_refused(
     assert "is inside the repo" in program.text
 
 
+def test_a_state_folder_that_cannot_be_written_is_refused_and_says_what_to_do(
+    start_agent: Start, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    (state / "agent.lock").mkdir()  # as root, who runs these tests at times, no mode would keep it from being written
+
+    program = start_agent("--listen", "127.0.0.1:0", "--state-dir", str(state))
+
+    assert program.exit_code() == 1
+    remedy = f"let uid {os.geteuid()} write there, or give another --state-dir"
+    assert program.text == f"Error: state folder {state} can't be written: Is a directory; {remedy}\n"
+
+
 def test_a_repo_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ended = called("serve", "--repo", str(tmp_path / "none"), "--listen", "127.0.0.1:0", "--insecure")
 

@@ -72,6 +72,18 @@ def test_nothing_is_made_before_control_is_asked_for(make_repo: MakeRepo, state:
 # Who gets at it.
 
 
+@pytest.mark.parametrize("lock", ["agent.lock", "lane.lock"])
+def test_a_folder_that_holds_no_lock_of_ours_cannot_be_written(loop: LoopFiles, state: Path, lock: str) -> None:
+    folder = made_folder(state, loop)
+    (state / lock).mkdir()
+
+    with (
+        pytest.raises(JournalUnavailable, match=rf"state folder {state} can't be written: .*; let uid \d+ write there"),
+        folder.agent_lock() if lock == "agent.lock" else folder.lane(0),
+    ):
+        pass
+
+
 def test_only_this_user_may_look_into_it_whatever_the_mask(make_repo: MakeRepo, state: Path) -> None:
     before = os.umask(0)
     try:

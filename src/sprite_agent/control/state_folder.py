@@ -81,12 +81,15 @@ class StateFolder:
 
         Raises:
             BlockingIOError: another agent does.
+            JournalUnavailable: the folder can't be made or written.
         """
         self.make()
-        with _open(self.path / "agent.lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.ExitStack() as stack:
+            with self._writing():
+                lock = stack.enter_context(_open(self.path / "agent.lock"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
             yield
 
     @contextlib.contextmanager
@@ -97,15 +100,31 @@ class StateFolder:
 
         Raises:
             ControlBusy: another one still runs after `timeout` seconds.
+            JournalUnavailable: the folder can't be written.
         """
-        # Not to be written through: the command inherits it, and may run sandbox code.
-        with _open(self.path / "lane.lock", os.O_RDONLY) as lock:
+        with contextlib.ExitStack() as stack:
+            with self._writing():
+                # Not to be written through: the command inherits it, and may run sandbox code.
+                lock = stack.enter_context(_open(self.path / "lane.lock", os.O_RDONLY))
             until = time.monotonic() + timeout
             while not _locked(lock):
                 if time.monotonic() >= until:
                     raise ControlBusy("another command runs in this repo; try again in a second", retry_after=1.0)
                 time.sleep(_POLL)
             yield lock
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises what keeps the block from writing to the folder as the agent's error; a lock that is held is none."""
+        try:
+            yield
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise JournalUnavailable(
+                f"state folder {self.path} can't be written: {error.strerror};"
+                f" let uid {os.geteuid()} write there, or give another --state-dir"
+            ) from error
 
 
 def free(lane: int) -> None:

@@ -23,7 +23,7 @@ def only_agent(repo: Repo) -> Iterator[None]:
     """No other agent of this user serves the repo while the block runs, whatever its state folder is.
 
     Raises:
-        ValueError: one does, or the state folder can't be made.
+        ValueError: one does, or the state folder can't be made or written.
     """
     with contextlib.ExitStack() as stack:
         try:
