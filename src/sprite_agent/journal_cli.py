@@ -56,8 +56,11 @@ def audit(
     from sprite_agent.control.audit import find_break
     from sprite_agent.control.journal_file import read_audit
 
+    path = _folder(repo, state_dir).journal
     with _reported():
-        entries = read_audit(_folder(repo, state_dir).journal)
+        entries = read_audit(path)
+        if not path.exists():
+            click.echo(f"sprite-agent: there is no journal at {path} yet", err=True)
         broken = find_break(entries)
         if verify:
             _print_verdict(entries, None if broken is None else f"entry {broken.sequence}: {broken.what}", json=json)
@@ -84,8 +87,8 @@ def check(*, repo: Path, state_dir: Path | None, json: bool) -> None:
     from sprite_agent.contract import json_text
     from sprite_agent.control.journal_file import find_faults
 
+    path = _folder(repo, state_dir).journal
     with _reported():
-        path = _folder(repo, state_dir).journal
         faults = find_faults(path)
         if json or not sys.stdout.isatty():
             click.echo(json_text.encode({"journal": str(path), "exists": path.exists(), "faults": faults}))
@@ -120,6 +123,8 @@ def reset(*, repo: Path, state_dir: Path | None, yes: bool) -> None:
 def _folder(repo: Path, state_dir: Path | None) -> StateFolder:
     from sprite_agent.control.state_folder import StateFolder, default_path
 
+    if state_dir is None and not repo.is_dir():  # with --state-dir, the journal of a repo that is gone can be looked at
+        raise click.ClickException(f"no folder at {repo}")
     try:
         return StateFolder(state_dir or default_path(repo), repo)
     except ValueError as error:
@@ -144,6 +149,10 @@ def _reported() -> Iterator[None]:
         yield
     except OpsError as error:
         raise click.ClickException(f"{error.message} [{error.reason}]") from error
+    except BrokenPipeError:
+        raise  # click ends quietly: whoever read has heard enough
+    except OSError as error:
+        raise click.ClickException(f"output can't be written: {error.strerror}") from error
 
 
 def _print_verdict(entries: list[AuditEntry], fault: str | None, *, json: bool) -> None:

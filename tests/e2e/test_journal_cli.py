@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -46,16 +49,22 @@ def control(repo: LoopFiles, folder: Path, *keys: str) -> None:
     served.close()
 
 
-def call(repo: LoopFiles, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("sprite-agent")
+def program(*words: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [program, *words, "--repo", str(repo.repo), "--state-dir", str(folder)],
-        capture_output=True,
+        [Path(sys.executable).with_name("sprite-agent"), *words],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
         timeout=DEADLINE,
         stdin=subprocess.DEVNULL,
     )
+
+
+def call(
+    repo: LoopFiles, folder: Path, *words: str, stdout: int | IO[str] = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    return program(*words, "--repo", str(repo.repo), "--state-dir", str(folder), stdout=stdout)
 
 
 def documents(ended: subprocess.CompletedProcess[str]) -> list[Any]:
@@ -143,6 +152,71 @@ def test_a_journal_that_cannot_be_trusted_has_a_way_out(
     assert [found["argv"][1] for found in executions(repo)].count("cancel") == 3 + (damage == "exchanged")
 
 
+def test_a_state_folder_that_cannot_be_written_is_not_reset(repo: LoopFiles, state: Path) -> None:
+    before = (state / "journal.sqlite3").read_bytes()
+    (state / "agent.lock").mkdir()
+
+    ended = call(repo, state, "journal", "reset", "--yes")
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(rf"Error: state folder {state} can't be written: .*--state-dir \[.*\]\n", ended.stderr)
+    assert (state / "journal.sqlite3").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("audit",), ("audit", "--verify"), ("journal", "check"), ("journal", "reset", "--yes")],
+    ids=" ".join,
+)
+def test_a_repo_that_is_not_there_is_refused_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "states"))
+
+    ended = program(*words, "--repo", str(tmp_path / "none"))
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == f"Error: no folder at {tmp_path / 'none'}\n"
+    assert not (tmp_path / "states").exists()
+
+
+def test_the_audit_outlives_the_repo(repo: LoopFiles, state: Path) -> None:
+    shutil.rmtree(repo.repo)
+
+    assert len(documents(call(repo, state, "audit"))) == 6
+
+
+@pytest.mark.parametrize("words", [("audit",), ("audit", "--verify"), ("journal", "check")], ids=" ".join)
+def test_what_cannot_be_written_out_is_an_error_and_no_traceback(
+    repo: LoopFiles, state: Path, words: tuple[str, ...]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = call(repo, state, *words, stdout=full)
+
+    assert (ended.returncode, ended.stderr) == (1, "Error: output can't be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [("audit",), ("journal", "check")], ids=" ".join)
+def test_a_place_where_no_journal_can_be_looked_for_is_told(
+    repo: LoopFiles, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    journal = tmp_path / ("x" * 300) / "journal.sqlite3"
+
+    ended = call(repo, journal.parent, *words)
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == f"Error: journal {journal}: File name too long [JOURNAL_UNAVAILABLE]\n"
+
+
+def test_a_reader_of_the_audit_who_goes_away_is_no_error(repo: LoopFiles, state: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        ended = call(repo, state, "audit", stdout=gone)
+
+    assert ended.stderr == ""
+
+
 def test_nothing_is_reset_unless_that_is_said(repo: LoopFiles, state: Path) -> None:
     before = (state / "journal.sqlite3").read_bytes()
 
@@ -166,4 +240,5 @@ def test_a_state_folder_that_is_none_of_this_repo_has_no_entries(repo: LoopFiles
     ended = call(repo, tmp_path / "unused", "audit", "--verify")
 
     assert (ended.returncode, documents(ended)) == (0, [{"entries": 0, "head": None, "fault": None}])
+    assert ended.stderr == f"sprite-agent: there is no journal at {tmp_path / 'unused'}/journal.sqlite3 yet\n"
     assert not (tmp_path / "unused").exists()

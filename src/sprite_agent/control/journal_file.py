@@ -67,14 +67,15 @@ def find_faults(path: Path) -> list[str]:
     Raises:
         JournalUnavailable: it can't be opened.
     """
-    if _is_lost(path):
-        return [f"journal {path} is gone"]
-    if not path.exists():
-        return []
     try:
-        with translated(path), contextlib.closing(_connect(path)) as tables:
-            _checked(path, tables)
-            broken = audit.find_break(audit.entries(tables))
+        with translated(path):
+            if _is_lost(path):
+                return [f"journal {path} is gone"]
+            if not path.exists():
+                return []
+            with contextlib.closing(_connect(path)) as tables:
+                _checked(path, tables)
+                broken = audit.find_break(audit.entries(tables))
     except JournalCorrupt as error:
         return [error.message]
     return [f"audit entry {broken.sequence}: {broken.what}"] if broken else []
@@ -87,12 +88,13 @@ def read_audit(path: Path) -> list[AuditEntry]:
         JournalCorrupt: it is gone, or can't be read.
         JournalUnavailable: it can't be opened.
     """
-    if _is_lost(path):
-        raise JournalCorrupt(f"journal {path} is gone")
-    if not path.exists():
-        return []
-    with translated(path), contextlib.closing(_connect(path)) as tables:
-        return list(audit.entries(tables))
+    with translated(path):
+        if _is_lost(path):
+            raise JournalCorrupt(f"journal {path} is gone")
+        if not path.exists():
+            return []
+        with contextlib.closing(_connect(path)) as tables:
+            return list(audit.entries(tables))
 
 
 def put_aside(path: Path) -> Path | None:
