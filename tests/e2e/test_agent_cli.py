@@ -216,7 +216,28 @@ def test_a_port_that_is_taken_is_refused(start_agent: Start) -> None:
         program = start_agent("--listen", listen)
 
         assert program.exit_code() == 1
-    assert f"Error: can't listen on {listen}: " in program.text
+    assert program.text == f"Error: can't listen on {listen}: Address already in use\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [
+        ("missing/agent.sock", "No such file or directory"),
+        ("file", "Address already in use"),
+        ("x" * 120, "AF_UNIX path too long"),
+    ],
+    ids=["no folder", "a regular file", "too long"],
+)
+def test_a_place_where_no_socket_can_be_is_refused_with_the_cause(
+    start_agent: Start, tmp_path: Path, place: str, cause: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+
+    program = start_agent("--listen", f"unix:{tmp_path}/{place}")
+
+    assert program.exit_code() == 1
+    assert program.text == f"Error: can't listen on unix:{tmp_path}/{place}: {cause}\n"
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_unix_socket_that_another_agent_listens_on_is_refused(start_agent: Start, tmp_path: Path) -> None:

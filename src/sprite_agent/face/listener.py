@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -31,7 +32,7 @@ def bind(server: grpc.aio.Server, listen: str, certificates: CertificateFiles | 
             else:
                 port = server.add_secure_port(listen, _credentials(certificates))
     except RuntimeError as error:
-        raise ValueError(f"can't listen on {listen}: {error}") from error
+        raise ValueError(f"can't listen on {listen}: {_cause(listen) or error}") from error
     return listen if path is not None else f"{listen.rpartition(':')[0]}:{port}"
 
 
@@ -63,6 +64,25 @@ def _for_its_owner_only() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+def _cause(listen: str) -> str | None:
+    """Why an address can't be had, in the system's words, which gRPC leaves out; None: now it can."""
+    path = listen.removeprefix("unix:") if listen.startswith("unix:") else None
+    try:
+        if path is not None:
+            with socket.socket(socket.AF_UNIX) as probe, _for_its_owner_only():
+                probe.bind(path)
+            Path(path).unlink()
+            return None
+        host, _, port = listen.rpartition(":")
+        for family, kind, _, _, address in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+                probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _refuse_if_in_use(path: str) -> None:
