@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Required, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Required, Self, TypedDict, Unpack, get_args
 
 from opsmgr.cursors import Position
 from opsmgr.errors import InputInvalid
@@ -229,6 +229,7 @@ class Client:
         The intent is recorded as by the command line: in intents.jsonl and the outbox of the manager's files.
 
         Raises:
+            InputInvalid: an option can't be what was given; nothing was sent.
             PreconditionRefused: things are not as the request or `expected` needs them; nothing was run.
             AgentStateRolledBack: control is frozen; nothing was sent.
             NoAnswer: what became of it is unknown: ask again with the same key.
@@ -265,6 +266,8 @@ class Client:
         expected: Snapshot | None = None,
         trace_id: str | None = None,
     ) -> ControlResult:
+        if confirm not in get_args(Confirm):
+            raise InputInvalid(f"confirm is {confirm!r}; it can be {', '.join(get_args(Confirm))}")
         confirmation: dict[str, Any] = {"mode": "skip"}
         if confirm != "none":
             confirmation = {"mode": "wait", "timeoutSeconds": timeout, "requiredEffect": _EFFECTS[confirm]}

@@ -267,6 +267,14 @@ async def test_a_key_is_run_once_and_its_state_can_be_asked_for(asking: LoopFile
     assert len(executions(asking)) == 1
 
 
+async def test_an_effect_that_is_none_is_refused_and_nothing_is_run(asking: LoopFiles, tmp_path: Path) -> None:
+    async with approving(asking, tmp_path) as client:
+        with pytest.raises(opsmgr.InputInvalid, match="confirm is 'bad'; it can be completion, decision, none"):
+            await client.approve(by="ada", confirm="bad")  # type: ignore[arg-type]  # what it is about
+
+    assert not executions(asking)
+
+
 async def test_control_leaves_the_records_of_the_command_line(asking: LoopFiles, tmp_path: Path) -> None:
     async with approving(asking, tmp_path) as client:
         await client.reject(by="ada", key="k1", confirm="none")
