@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from opsmgr.config import CONFIG_VARIABLE
 from opsmgr.transport.local import LocalTransport
 from opsmgr.transport.retry import RetryPolicy
 from opsmgr.transport.sprite_service import SpriteServiceTransport
-from sprite_agent.face.config import TOKEN_VARIABLE, ServeConfig
+from sprite_agent.face.config import RUNTIME_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from sprite_agent.face.server import running
 from support.figures import all_found, found
 from support.repos import STANDIN, LoopFiles
@@ -103,9 +104,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _states(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The agents of the tests leave nothing in anybody's home."""
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The programs of the tests leave nothing in anybody's home, and have nothing of what the README exports."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in (TOKEN_VARIABLE, RUNTIME_VARIABLE, CONFIG_VARIABLE):
+            patch.delenv(name, raising=False)
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("states")))
         yield
 
