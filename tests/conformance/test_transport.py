@@ -639,7 +639,10 @@ async def test_a_log_that_is_no_longer_the_same_is_told_alike_on_both(
 ) -> None:
     repo.append(line(event(n=1)), line(event(n=2)), line(event(n=3)))
     followers = [Follower(transport.events(query(follow=True))) for transport in both]
-    tokens = [(await follower.next()).resume_token for follower in followers]
+    for follower in followers:
+        while not (await follower.next()).caught_up:
+            pass
+    tokens = [follower.seen[-1].resume_token for follower in followers]
     change(repo)
 
     following = [await facts(follower.next()) for follower in followers]

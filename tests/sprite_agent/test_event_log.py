@@ -542,7 +542,8 @@ def test_a_change_of_the_same_size_in_the_middle_of_a_log_is_noticed_at_once(log
 def test_a_change_in_the_middle_together_with_new_lines_is_noticed_before_these_are_seen(
     log: EventLog, loop: LoopFiles
 ) -> None:
-    loop.append(numbered(5000, width=100))
+    loop.append(numbered(4000, width=100))
+    assert loop.log.stat().st_size < log_index.READ_AGAIN_AT_ONCE
     token = str(log.refresh().token)
 
     changed_in_the_middle(loop)
