@@ -177,6 +177,21 @@ def test_a_log_that_is_no_longer_the_same_shows_nothing_more(
     assert [found.by for found in seen] == ["ada"]
 
 
+@pytest.mark.parametrize("disturb", [replaced, rewritten, emptied])
+def test_a_log_that_is_the_same_again_shows_what_came(
+    loop: LoopFiles, witness: Witness, disturb: Callable[[LoopFiles], None]
+) -> None:
+    loop.append(decision("ada"))
+    witness.look()
+    content = loop.log.read_bytes()
+
+    disturb(loop)
+    witness.look()
+    loop.rewrite(content + decision("bob"))
+
+    assert [found.by for found in witness.look().decisions] == ["ada", "bob"]
+
+
 def test_a_baseline_of_another_log_shows_no_decision_and_the_rest(repo: Repo, loop: LoopFiles) -> None:
     baseline = take_baseline(repo.read_loop(LOOP))
     replaced(loop)

@@ -75,7 +75,6 @@ class Witness:
         self._find_log = find_log
         self._baseline = baseline
         self._reader: LogReader | None = None
-        self._log_is_lost = False
         self._decisions: list[Decision] = []
 
     def __enter__(self) -> Self:
@@ -84,8 +83,7 @@ class Witness:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._reader is not None:
-            self._reader.close()
+        self._let_go()
 
     def look(self) -> Evidence:
         """The loop as it is now.
@@ -101,19 +99,23 @@ class Witness:
         return replace(evidence, decisions=tuple(self._decisions), target_is_gone=gone)
 
     def _read_on(self) -> None:
-        """Notes the decisions that the log has got; one that no longer is the same log shows nothing more."""
-        if self._log_is_lost:
-            return
+        """Notes the decisions that the log has got; while it is not the same log, it shows nothing more."""
         log = self._find_log()
         try:
             if self._reader is None:
                 self._reader = log.reader_after_token(self._baseline.resume_token)
+                self._decisions.clear()
             end = log.refresh().end
             while not self._reader.at_end(end):
                 for record in self._reader.read(end):
                     self._note(record.value)
         except (PositionLost, ResumeTokenInvalid, EventsNotFound):  # the token may be an earlier version's
-            self._log_is_lost = True
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def _note(self, event: dict[str, Any] | None) -> None:
         name = event_name(event)
