@@ -66,7 +66,7 @@ class AgentStateRolledBack(Refused):
 
 
 def in_doubt(error: OpsError) -> OpsError:
-    """What `error` says of a request an earlier try of which may have been run: it tells of its own try only."""
+    """`error` of a try after one that may have been run: it tells of its own only, so what was run is not known."""
     if isinstance(error, NotReached):
         earlier = NoAnswer(error.told, details=error.details, retry_after=error.retry_after)
         earlier.retryable, earlier.attempts = error.retryable, error.attempts

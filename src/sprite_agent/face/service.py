@@ -16,16 +16,7 @@ from sprite_agent.contract import clock, control_mirror, mirror
 from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS
 from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
 from sprite_agent.control.journal import RETENTION_SECONDS
-from sprite_agent.errors import (
-    ContractError,
-    DeadlineInvalid,
-    Draining,
-    JournalCorrupt,
-    JournalUnavailable,
-    RequestInvalid,
-    Starting,
-    UnknownFields,
-)
+from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, RequestInvalid, Starting, UnknownFields
 from sprite_agent.event_log.newest import MAX_BATCH_EVENTS
 from sprite_agent.event_log.records import MAX_RECORD_BYTES
 from sprite_agent.face.answers import Answer, OpenCalls, answered
@@ -236,8 +227,6 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         """What was run has its signature in its row; that of a refused call is to be of no use after a restart too."""
         try:
             yield
-        except (JournalCorrupt, JournalUnavailable):
-            raise  # there is nowhere to remember it
         except Exception:
             if (proof := CALLER.get().proof) is not None:
                 self._repo.use_up(proof)
