@@ -58,12 +58,17 @@ class Target:
 
         Raises:
             LoopIdInvalid
+            InputInvalid: the repo's path leads nowhere.
         """
         check_loop_id(self.loop)
         if self.folder is not None:
             return LoopStore(self.folder)
         if self.repo is not None:
-            return LoopStore(default_folder(self.repo.resolve(), self.loop))
+            try:
+                repo = self.repo.resolve()
+            except (OSError, RuntimeError, ValueError) as error:  # a link that leads to itself; no path at all
+                raise InputInvalid(f"target {self.name}: the repo {self.repo} can't be found: {error}") from error
+            return LoopStore(default_folder(repo, self.loop))
         base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
         name = "".join(char if char.isalnum() or char in ".-" else "_" for char in self.address or "")
         return LoopStore(base / "opsmgr" / name / self.loop)

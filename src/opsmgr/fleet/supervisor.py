@@ -99,7 +99,10 @@ class Supervisor:
 
     def _look(self) -> None:
         for follower, _ in list(self._followers.values()):
-            follower.look_for_intents()
+            try:
+                follower.look_for_intents()
+            except Exception:  # noqa: BLE001  # a bug met in one target must not end the supervision of the others
+                _log.exception("a bug", target=follower.view.target.name)
         status = self.status()
         try:
             validate("manager_status", status)

@@ -34,7 +34,7 @@ class LocalTransport:
         """
         try:
             self._repo = Repo(repo, state_folder=state_folder or default_path(repo), runtime=runtime)
-        except ValueError as error:
+        except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: links that lead to themselves
             raise InputInvalid(str(error)) from error
         self.attempts = Attempts()
         self.journal: JournalHead | None = None

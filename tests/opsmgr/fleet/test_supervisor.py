@@ -125,6 +125,16 @@ async def test_a_bug_met_in_one_target_ends_no_other(
         await eventually(lambda: rows(settings).get("good", {}).get("cursorLine") == 1, "the good one is followed")
 
 
+@pytest.mark.parametrize("path", ["loop", "a\0b"], ids=["a link to itself", "no path at all"])
+async def test_a_repo_that_leads_nowhere_ends_no_other(settings: FleetSettings, tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    bad = Target(name="bad", loop=LOOP, repo=tmp_path / path)
+    async with supervised(settings, [bad, here(tmp_path, "good")]):
+        await eventually(lambda: rows(settings).get("good", {}).get("cursorLine") == 1, "the good one is followed")
+
+        assert rows(settings)["bad"]["error"]["reason"] == "INPUT_INVALID"
+
+
 @pytest.mark.parametrize(
     ("name", "document"),
     [
