@@ -146,7 +146,10 @@ class Client:
 
         Raises:
             InputInvalid: credentials that can't be used, a repo that is not there.
+            RuntimeError: it is open.
         """
+        if self._opened is not None:
+            raise RuntimeError("the client is open already")
         self._opened = self.target.connect() if self._token is None else _with_token(self.target, self._token)
         return self
 
@@ -154,10 +157,12 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Ends the streams that are left, and closes."""
-        for stream in list(self._streams):
-            await stream.aclose()
         transport, self._opened = self._transport, None
-        await transport.close()
+        try:
+            for stream in list(self._streams):
+                await stream.aclose()
+        finally:
+            await transport.close()
 
     async def info(self) -> AgentInfo:
         """Who answers, and which loops are there.
@@ -278,7 +283,7 @@ class Client:
             "loopId": self.target.loop,
             "intent": intent,
             "requestedBy": by,
-            "idempotencyKey": key or new_key(intent),
+            "idempotencyKey": new_key(intent) if key is None else key,
             "confirmation": confirmation,
             **{name: value for name, value in given.items() if value is not None},
         }

@@ -75,7 +75,8 @@ class EventStream:
         closing: asyncio.Future[Any] = asyncio.ensure_future(self._closing.wait())
         try:
             await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
-            return reading.result() if reading.done() else None
+            # Who closes waits for the end: an event that came meanwhile would be given to one who may not come back.
+            return None if self._closing.is_set() else reading.result()
         finally:
             closing.cancel()
             if not reading.done():
