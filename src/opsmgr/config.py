@@ -112,7 +112,7 @@ def load_config(path: Path) -> Config:
         raise InputInvalid(f"config {path} can't be read: {error}") from error
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number that is too long, lists that are too deep
         raise InputInvalid(f"config {path} is not TOML: {error}") from error
     mistakes: list[ConfigMistake] = []
     whole = Table(path, text, (), document, mistakes)

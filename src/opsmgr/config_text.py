@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
+import functools
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Any
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\]#]+?)\s*\]\]?\s*(?:#.*)?")
 _KEY = re.compile(r"""\s*(?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[A-Za-z0-9_-]+))\s*[.=]""")
@@ -98,7 +96,7 @@ class Table:
     def text(self, key: str) -> str | None:
         """A text that is not empty."""
         value = self.value(key)
-        if value is None or (isinstance(value, str) and value):
+        if value is None or (_is_text(value) and value):
             return value
         self._refuse(key, value, "a text")
         return None
@@ -106,7 +104,7 @@ class Table:
     def texts(self, key: str) -> list[str]:
         """A list of texts."""
         value = self.value(key)
-        if value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        if value is None or (isinstance(value, list) and all(map(_is_text, value))):
             return value or []
         self._refuse(key, value, "a list of texts")
         return []
@@ -141,7 +139,7 @@ class Table:
         value = self.value(key)
         if value is None:
             return None
-        if type(value) in {int, float} and math.isfinite(value) and value > 0:
+        if type(value) in {int, float} and 0 < value <= sys.float_info.max:
             return float(value)
         self._refuse(key, value, "a number of seconds above 0")
         return None
@@ -155,11 +153,17 @@ class Table:
         return self.below if self.below is not None and key in self.below.document else None
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is one that can be a path, or a word of a command."""
+    return isinstance(value, str) and "\0" not in value
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"  # noqa: PLR2004  # enough to know it by
 
 
+@functools.lru_cache(maxsize=64)  # what is wrong in [defaults] is met with each target
 def _line_of(text: str, place: tuple[str | int, ...], key: str) -> int:
     """The line that a key of a table stands on; that of its table, or the first, where it can't be told.
 
@@ -186,19 +190,22 @@ def _line_of(text: str, place: tuple[str | int, ...], key: str) -> int:
     return best
 
 
-def _statements(text: str) -> Iterator[tuple[int, str]]:
+@functools.lru_cache(maxsize=1)
+def _statements(text: str) -> list[tuple[int, str]]:
     """The lines that begin a key or a table, numbered from 1: none within a long string or a list."""
     # Strings lose all but their newlines: what is left of brackets is the TOML's own.
     bare = _STRING_OR_COMMENT.sub(lambda found: "\n".join(" " * len(part) for part in found[0].split("\n")), text)
     inside: set[int] = set()
+    first, seen = 1, 0
     for found in _STRING_OR_COMMENT.finditer(text):
-        first = text.count("\n", 0, found.start()) + 1
+        first, seen = first + text.count("\n", seen, found.start()), found.start()
         inside.update(range(first + 1, first + 1 + found[0].count("\n")))
-    depth = 0
+    depth, statements = 0, []
     for line, (content, shape) in enumerate(zip(text.split("\n"), bare.split("\n"), strict=True), 1):
         if depth == 0 and line not in inside:
-            yield line, content
+            statements.append((line, content))
         depth += sum(char in "[{" for char in shape) - sum(char in "]}" for char in shape)
+    return statements
 
 
 def _is_in(here: tuple[str, ...], names: tuple[str, ...]) -> bool:

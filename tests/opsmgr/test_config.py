@@ -165,13 +165,19 @@ def test_what_is_not_said_has_its_default(tmp_path: Path, monkeypatch: pytest.Mo
             '[fleet]\nmetrics = "0.0.0.0:1"',
             "2: fleet.metrics: 0.0.0.0:1 is not on loopback: the counts are told to everyone who asks",
         ),
+        ('[fleet]\nstatus_file = "a\\u0000b"', "2: fleet.status_file: is 'a\\x00b', not a text"),
+        ("[fleet]\npoll_seconds = 1e400", "2: fleet.poll_seconds: is inf, not a number of seconds above 0"),
+        (
+            f"[fleet]\npoll_seconds = 1{'0' * 400}",
+            f"2: fleet.poll_seconds: is 1{'0' * 59}…, not a number of seconds above 0",
+        ),
         ("targets = 3", "1: targets: is no list of tables; each begins with [[targets]]"),
         (
             "[defaults]\nstate_command = 'x'\n[[targets]]\nloop='a'\nrepo='r'",
             "2: defaults.state_command: is 'x', not a list of texts",
         ),
     ],
-    ids=range(16),
+    ids=range(19),
 )
 def test_a_mistake_is_told_with_its_line_and_key(tmp_path: Path, text: str, told: str) -> None:
     assert told in mistakes(tmp_path, text)
@@ -199,6 +205,12 @@ def test_all_mistakes_are_told_and_each_once(tmp_path: Path) -> None:
 )
 def test_the_line_is_found_whatever_looks_like_it(tmp_path: Path, text: str, line: int) -> None:
     assert f"{line}: targets.1.name: is 3, not a text" in mistakes(tmp_path, text)
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 5000 + "]" * 5000], ids=["a long number", "deep lists"])
+def test_what_no_toml_should_hold_is_told(tmp_path: Path, value: str) -> None:
+    with pytest.raises(InputInvalid, match="is not TOML"):
+        load_config(write(tmp_path, f"x = {value}"))
 
 
 def test_what_is_no_toml_is_told_with_its_line(tmp_path: Path) -> None:

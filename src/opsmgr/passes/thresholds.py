@@ -69,7 +69,7 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
         document = tomllib.loads(content)
     except OSError as error:
         raise InputInvalid(f"{where} can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputInvalid(f"{where} is not TOML: {error}") from error
     _refuse_unknown(document, ("profiles",), where, "")
     profiles = document.get("profiles")
