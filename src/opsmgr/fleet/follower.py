@@ -244,12 +244,13 @@ class Follower:
 
     async def _poll(self, transport: Transport, store: LoopStore) -> None:
         """One pass without a stream, by the agent or else by the repo itself where that is allowed."""
-        if await self._pass(transport, store, None):
-            self._reach("poll")
-        else:
-            fallback = self._target.local_fallback()
-            if fallback is None or not await self._pass_by(fallback, store):
-                self._reach("none", failed=True)
+        with await self._passes.take():
+            if await self._pass(transport, store, None):
+                self._reach("poll")
+            else:
+                fallback = self._target.local_fallback()
+                if fallback is None or not await self._pass_by(fallback, store):
+                    self._reach("none", failed=True)
         await self._go_back(store)
 
     async def _go_back(self, store: LoopStore) -> None:
