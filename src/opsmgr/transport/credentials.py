@@ -26,7 +26,7 @@ LOOK_SECONDS = 1.0
 
 # Parts of what gRPC says of a connection that was not made, and what they mean.
 _NOT_CONNECTED = "failed to connect to all addresses"
-_NOT_FOUND = "DNS resolution failed"
+_NOT_FOUND = ("DNS resolution failed", "errors resolving ")
 _REASONS = (
     ("Hostname Verification Check failed", "its certificate is for another name"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not accepted"),
@@ -86,7 +86,7 @@ class Credentials:
     @staticmethod
     def was_connected(text: str) -> bool:
         """Whether `text`, gRPC's own of a failure, leaves open that something was sent."""
-        return _NOT_CONNECTED not in text and _NOT_FOUND not in text
+        return not any(part in text for part in (_NOT_CONNECTED, *_NOT_FOUND))
 
     def explain(self, text: str) -> str | None:
         """What gRPC means by `text` where it could not connect; None: it says so itself."""
