@@ -112,6 +112,7 @@ class SpriteServiceTransport:
         self._credentials = renewal.current() if renewal else credentials or Credentials(token=token)
         self._policy = policy or RetryPolicy()
         self._retired: list[asyncio.Future[None]] = []
+        self._is_closed = False
         self._open(self._credentials.read_tls(target))
         self.attempts = Attempts()
         self.journal: JournalHead | None = None
@@ -164,9 +165,7 @@ class SpriteServiceTransport:
                 except asyncio.CancelledError as error:
                     if is_cancelled():
                         raise
-                    raise NoAnswer(  # else a channel that is retired would end the reader's task
-                        f"the connection to {self._target} was closed here", details={"target": self._target}
-                    ) from error
+                    raise self._closed() from error
                 if message is grpc.aio.EOF:
                     return
                 if not isinstance(message, pb.StreamEventsResponse):
@@ -215,6 +214,7 @@ class SpriteServiceTransport:
 
     async def close(self) -> None:
         """See `base.Transport`."""
+        self._is_closed = True
         await self._channel.close()
         for closing in self._retired:
             closing.cancel()
@@ -265,6 +265,10 @@ class SpriteServiceTransport:
             except grpc.aio.AioRpcError as error:
                 self._compare_clocks(error.trailing_metadata(), began)
                 raise self._translated(error, acts=method == "ExecuteControl") from error
+            except asyncio.CancelledError as error:
+                if is_cancelled():
+                    raise
+                raise self._closed() from error
             self._compare_clocks(await call.trailing_metadata(), began)
             if answer is None:
                 raise _not_understood(ContractError("the answer is no message of this method"))
@@ -274,6 +278,12 @@ class SpriteServiceTransport:
         if answer.HasField("journal"):
             self.journal = JournalHead(answer.journal.id, answer.journal.sequence, answer.journal.head)
         return answer
+
+    def _closed(self) -> NoAnswer:
+        """What becomes of a call whose channel is closed: gRPC would have it that the caller's task is cancelled."""
+        closed = NoAnswer(f"the connection to {self._target} was closed here", details={"target": self._target})
+        closed.retryable = not self._is_closed
+        return closed
 
     def _compare_clocks(self, metadata: Any, began: float) -> None:
         """Notes by how much the agent's clock is ahead of this one. Nothing is set by it: the Sprite may lie."""
