@@ -13,7 +13,7 @@ from opsmgr.event_stream import EventStream
 from opsmgr.intents.at_hand import look_at
 from opsmgr.intents.control import new_key, send
 from opsmgr.targets import Target
-from opsmgr.transport.base import Snapshot
+from opsmgr.transport.base import Snapshot, TransportName
 from opsmgr.watch import PATIENT
 from sprite_agent.contract.requests import DEFAULT_TIMEOUT
 from sprite_agent.contract.streaming import EventQuery
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from opsmgr.transport.base import AgentInfo, Transport, TransportName
+    from opsmgr.transport.base import AgentInfo, Transport
     from opsmgr.transport.retry import RetryPolicy
     from sprite_agent.contract.envelopes import ControlResult, Intent
     from sprite_agent.contract.streaming import SkippedRecord
@@ -108,6 +108,8 @@ def connect(
         target = _named(target, config)
     if unknown := settings.keys() - Settings.__annotations__.keys():
         raise InputInvalid(f"connect does not know {', '.join(sorted(unknown))}; opsmgr.client.Settings has its names")
+    if (way := settings.get("transport", "local")) not in get_args(TransportName):
+        raise InputInvalid(f"transport is {way!r}; it can be {', '.join(get_args(TransportName))}")
     given: Any = {name: Path(value) if name in _PATHS else value for name, value in settings.items()}  # type: ignore[arg-type]
     if target is not None:
         if loop is not None or repo is not None or address is not None:
@@ -150,7 +152,7 @@ class Client:
         """
         if self._opened is not None:
             raise RuntimeError("the client is open already")
-        self._opened = self.target.connect() if self._token is None else _with_token(self.target, self._token)
+        self._opened = self.target.connect(token=self._token)
         return self
 
     async def __aexit__(
@@ -306,14 +308,6 @@ def _named(name: str, config: str | Path | None) -> Target:
     from opsmgr.config import find_config, load_config  # noqa: PLC0415  # only who has one needs it
 
     return load_config(find_config(None if config is None else Path(config))).target(name)
-
-
-def _with_token(target: Target, token: str) -> Transport:
-    from opsmgr.transport.sprite_service import SpriteServiceTransport  # noqa: PLC0415  # slow to import
-
-    if target.address is None:
-        raise InputInvalid(f"a token is for an agent, and target {target.name} has no address of one")
-    return SpriteServiceTransport(target.address, credentials=replace(target.credentials(), token=token))
 
 
 def _position(after: Position | Snapshot | None) -> Position:

@@ -73,11 +73,12 @@ class Target:
         name = "".join(char if char.isalnum() or char in ".-" else "_" for char in self.address or "")
         return LoopStore(base / "opsmgr" / name / self.loop)
 
-    def connect(self, *, policy: RetryPolicy | None = None) -> Transport:
+    def connect(self, *, policy: RetryPolicy | None = None, token: str | None = None) -> Transport:
         """The transport to the loop; close it at the end.
 
         Args:
             policy: how often a request is tried again.
+            token: the agent's bearer token, instead of the one that the target or the environment has.
 
         Raises:
             InputInvalid: it can't be reached this way; the message says why.
@@ -89,7 +90,10 @@ class Target:
             if self.address is None:
                 raise InputInvalid(f"target {self.name} has no address of an agent: HOST:PORT or unix:PATH")
             files = (self.token_file, self.signing_key, self.tls_ca, self.tls_cert, self.tls_key)
-            return SpriteServiceTransport(self.address, renewal=Renewal(self.credentials, files), policy=policy)
+            renewal = Renewal(lambda: self.credentials(token=token), files)
+            return SpriteServiceTransport(self.address, renewal=renewal, policy=policy)
+        if token is not None:
+            raise InputInvalid(f"a token is for an agent, and target {self.name} is reached without one")
         from opsmgr.transport.local import LocalTransport  # noqa: PLC0415  # likewise
 
         if self.repo is None:
@@ -110,14 +114,14 @@ class Target:
         """The same loop by its repo, where that is allowed."""
         return replace(self, transport="local", address=None) if self.fallback == "local" else None
 
-    def credentials(self) -> Credentials:
-        """What the agent is shown, read from their files.
+    def credentials(self, *, token: str | None = None) -> Credentials:
+        """What the agent is shown, read from their files; `token` beats the file and the environment.
 
         Raises:
             InputInvalid: one of them can't be read.
         """
         from opsmgr.transport.credentials import Credentials  # noqa: PLC0415  # slow to import
-        from sprite_agent.contract.secrets import read_token  # noqa: PLC0415  # likewise
+        from sprite_agent.contract.secrets import check_token, read_token  # noqa: PLC0415  # likewise
 
         signer = None
         try:
@@ -125,7 +129,7 @@ class Target:
                 from sprite_agent.contract.signatures import load_signer  # noqa: PLC0415  # likewise
 
                 signer = load_signer(self.signing_key, audience=self.sprite_id)
-            token = read_token(self.token_file, TOKEN_VARIABLE)
+            token = read_token(self.token_file, TOKEN_VARIABLE) if token is None else check_token(token, "token")
         except ValueError as error:
             raise InputInvalid(str(error)) from error
         return Credentials(

@@ -403,6 +403,20 @@ async def test_a_token_without_an_agent_is_refused(repo: LoopFiles) -> None:
             pass
 
 
+@pytest.mark.parametrize("token", ["", "two words", "t\n", "t\u00e9"], ids=ascii)
+async def test_a_token_that_can_be_none_is_refused(agent: Agent, token: str) -> None:
+    with pytest.raises(opsmgr.InputInvalid, match="token must hold one token"):
+        async with connect(loop=LOOP, address=agent.address, token=token):
+            pass
+
+
+async def test_a_token_that_is_given_beats_the_environment(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPS_MANAGER_SERVICE_TOKEN", "two words")
+
+    async with connect(loop=LOOP, address=agent.address, token=agent.token) as client:
+        assert (await client.info()).loops == [LOOP]
+
+
 async def test_a_target_can_be_named_by_a_config(repo: LoopFiles, tmp_path: Path) -> None:
     config = tmp_path / "opsmgr.toml"
     config.write_text(f'[[targets]]\nname = "here"\nloop = "{LOOP}"\ntransport = "local"\nrepo = "{repo.repo}"\n')

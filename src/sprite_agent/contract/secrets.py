@@ -22,12 +22,12 @@ def read_token(path: Path | None, variable: str) -> str | None:
     """
     if path is None:
         token = os.environ.get(variable, "")
-        return _checked(token, f"${variable}") if token else None
+        return check_token(token, f"${variable}") if token else None
     try:
         token = read_private(path, "token file").decode().strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"token file {path} is no text") from error
-    return _checked(token, f"token file {path}")
+    return check_token(token, f"token file {path}")
 
 
 def read_private(path: Path, what: str) -> bytes:
@@ -115,7 +115,12 @@ def _read(path: Path, what: str, *, forbidden: int, otherwise: str) -> bytes:
         raise ValueError(f"{what} {path} can't be read: {error.strerror}") from error
 
 
-def _checked(token: str, where: str) -> str:
+def check_token(token: str, where: str) -> str:
+    """`token`, if it can be one; messages call its place `where`.
+
+    Raises:
+        ValueError: it can't.
+    """
     if not token.isascii() or not token.isprintable() or len(token.split()) != 1:
         raise ValueError(f"{where} must hold one token and nothing else, in printable ASCII")
     return token
