@@ -80,7 +80,7 @@ async def _reload(config: Config, supervisor: Supervisor, changed: asyncio.Event
 @contextlib.contextmanager
 def _alone(status_file: Path) -> Iterator[None]:
     """Keeps a second daemon from telling other things in the same file."""
-    lock_file = status_file.with_suffix(".lock")
+    lock_file = status_file.parent / f".{status_file.name}.lock"
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,8 @@ class Supervisor:
                 await asyncio.sleep(TICK)
         finally:
             await self._end(list(self._followers))
-            self._settings.status_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where it can't be written it can't be left behind either
+                self._settings.status_file.unlink()
 
     def _look(self) -> None:
         for follower, _ in list(self._followers.values()):
