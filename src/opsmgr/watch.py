@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from typing import TYPE_CHECKING
@@ -70,9 +71,10 @@ async def follow(
             trace_id=trace_id,
         )
         try:
-            async for batch in subscribe(transport, query, policy=PATIENT, on_retry=on_retry):
-                received += len(batch.events)
-                yield batch
+            async with contextlib.aclosing(subscribe(transport, query, policy=PATIENT, on_retry=on_retry)) as batches:
+                async for batch in batches:
+                    received += len(batch.events)
+                    yield batch
         except (LogReplaced, LogTruncated, HistoryRewritten) as error:
             tell(f"{error.message}: going on with its first line")
             start = Position()
