@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,15 @@ class _Server(ThreadingMixIn, WSGIServer):
     """One thread a request: a slow reader holds up nobody."""
 
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that says nothing, or is reset, is nobody's concern."""
+
+
+class _Server6(_Server):
+    """Likewise, on IPv6."""
+
+    address_family = socket.AF_INET6
 
 
 class _Quiet(WSGIRequestHandler):
@@ -58,7 +68,7 @@ def served(host: str, port: int, registry: CollectorRegistry, stalled_seconds: C
         start(status, [("Content-Type", "application/json")])
         return [json.dumps(body).encode()]
 
-    server = make_server(host, port, answer, _Server, _Quiet)
+    server = make_server(host, port, answer, _Server6 if ":" in host else _Server, _Quiet)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
+import threading
 import urllib.error
 import urllib.request
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from opsmgr.fleet.endpoint import served
 from opsmgr.fleet.metrics import FleetMetrics
-from support.waiting import DEADLINE
+from support.waiting import DEADLINE, until
 
 
 def get(port: int, path: str) -> tuple[int, str]:
@@ -55,6 +57,23 @@ def test_a_connection_that_says_nothing_holds_up_nobody() -> None:
         socket.create_connection(("127.0.0.1", port)),
     ):
         assert get(port, "/healthz")[0] == 200
+
+
+def test_a_connection_that_is_reset_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with served("127.0.0.1", 0, FleetMetrics().registry, lambda: 0.0) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        until(lambda: threading.active_count() == 2, "it is done with")
+
+    assert capsys.readouterr().err == ""
+
+
+def test_it_is_served_on_ipv6_as_well() -> None:
+    with (
+        served("::1", 0, FleetMetrics().registry, lambda: 0.0) as port,
+        urllib.request.urlopen(f"http://[::1]:{port}/healthz", timeout=DEADLINE) as answer,
+    ):
+        assert answer.status == 200
 
 
 def test_the_series_of_a_target_that_is_gone_are_dropped() -> None:
