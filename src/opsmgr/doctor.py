@@ -142,9 +142,9 @@ class _Remote:
 
         try:
             return await probes.resolve(self._address)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name that DNS could have
             advice = "is the agent, or the tunnel to it, running?" if self._address.startswith("unix:") else "check DNS"
-            raise _Finding("failed", error.strerror or str(error), advice) from error
+            raise _Finding("failed", getattr(error, "strerror", None) or str(error), advice) from error
 
     async def connect(self) -> str:
         """Whether anybody takes connections there."""
