@@ -151,6 +151,10 @@ def _target(table: Table, defaults: Table, catalogue: Catalogue) -> Target:
     both = table.over(defaults)
     fields: dict[str, Any] = {field: both.path(key) for key, field in _PATHS.items()}
     fields |= {key: both.text(key) for key in _TEXTS}
+    if "/" in (fields["superloop_bin"] or ""):  # else it is looked for in $PATH
+        fields["superloop_bin"] = str(both.path("superloop_bin"))
+    if (fields["address"] or "").startswith("unix:") and fields["address"] != "unix:":
+        fields["address"] = f"unix:{both.path('address', prefix='unix:')}"
     transport = both.choice("transport", _TRANSPORTS) or ("sprite_service" if fields["address"] else "local")
     if transport == "sprite_service" and fields["address"] is None:
         table.blame("address", "sprite_service needs the agent's, HOST:PORT or unix:PATH")
@@ -196,11 +200,19 @@ def _thresholds(table: Table, catalogue: Catalogue) -> Thresholds:
 def _refuse_doubles(whole: Table, targets: list[Target]) -> None:
     seen: dict[Any, int] = {}
     for number, (target, table) in enumerate(zip(targets, whole.tables("targets"), strict=True), 1):
-        where = target.folder or (target.repo or target.address, target.loop)
+        where = _files(target)
         for key, value in (("name", target.name), ("loop", where)):
             if (first := seen.setdefault((key, value), number)) != number:
                 same = "name" if key == "name" else "folder for the manager's files"
                 table.blame(key, f"target {number} has the same {same} as target {first}")
+
+
+def _files(target: Target) -> Any:
+    """What two targets must not share."""
+    try:
+        return target.store().folder.resolve()
+    except (OpsError, OSError, RuntimeError):  # which is told elsewhere
+        return target
 
 
 def _fleet(table: Table) -> FleetSettings:

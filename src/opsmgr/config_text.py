@@ -109,11 +109,13 @@ class Table:
         self._refuse(key, value, "a list of texts")
         return []
 
-    def path(self, key: str) -> Path | None:
-        """A path, made absolute."""
+    def path(self, key: str, *, prefix: str = "") -> Path | None:
+        """A path, which may stand behind a prefix, made absolute."""
         value = self.text(key)
         try:
-            return None if value is None else (self.file.parent.absolute() / Path(value).expanduser())
+            if value is None:
+                return None
+            return self.file.parent.absolute() / Path(value.removeprefix(prefix)).expanduser()
         except RuntimeError:  # ~ of a user who is not there
             self._refuse(key, value, "a path whose ~ is a user's home")
             return None
