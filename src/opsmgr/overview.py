@@ -35,11 +35,10 @@ def load_daemons(status_file: Path) -> dict[str, Any] | None:
         return None
     try:
         validate("manager_status", document)
-        os.kill(document["pid"], 0)
+        with contextlib.suppress(PermissionError):  # somebody else's daemon is one all the same
+            os.kill(document["pid"], 0)
         age = (datetime.now(UTC) - datetime.fromisoformat(document["updatedAt"])).total_seconds()
-    except PermissionError:  # somebody else's daemon is one all the same
-        return document
-    except (ContractError, ProcessLookupError, TypeError, ValueError):
+    except (ContractError, ProcessLookupError, TypeError, ValueError, OverflowError):
         return None
     return document if age < FRESH_SECONDS else None
 
