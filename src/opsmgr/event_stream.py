@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from opsmgr.subscription import subscribe
+from sprite_agent.errors import LogTruncated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -38,7 +39,7 @@ class EventStream:
         self._on_malformed = on_malformed
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
-        self._events = self._read(subscribe(transport, query, policy=policy, on_retry=on_retry))
+        self._events = self._read(_subscribed(transport, query, policy=policy, on_retry=on_retry))
 
     def __aiter__(self) -> AsyncIterator[EventEnvelope]:
         return self
@@ -61,6 +62,10 @@ class EventStream:
                 while (batch := await self._next(batches)) is not None:
                     for record in batch.skipped:
                         self._on_malformed(record)
+                    if batch.caught_up and batch.cursor["eventLineCount"] < begun_within:
+                        raise LogTruncated(
+                            f"the log has {batch.cursor['eventLineCount']} lines, of which {begun_within} were read"
+                        )
                     for event, position in _steps(batch, self.position):
                         if position.line > begun_within:
                             self.position = position
@@ -82,6 +87,18 @@ class EventStream:
             if not reading.done():
                 reading.cancel()
                 await asyncio.wait({reading})
+
+
+async def _subscribed(transport: Transport, query: EventQuery, **options: Any) -> AsyncGenerator[EventBatch]:
+    """The batches of `query`; the first event comes alone: without its token a position would not say of which log."""
+    if query.resume_token is None:
+        async with contextlib.aclosing(subscribe(transport, replace(query, max_events=1), **options)) as batches:
+            async for batch in batches:
+                query = replace(query, resume_token=batch.resume_token)
+                yield batch
+    async with contextlib.aclosing(subscribe(transport, query, **options)) as batches:
+        async for batch in batches:
+            yield batch
 
 
 def _steps(batch: EventBatch, before: Position) -> Iterator[tuple[EventEnvelope, Position]]:

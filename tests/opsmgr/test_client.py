@@ -126,6 +126,35 @@ async def test_a_position_in_a_log_that_was_replaced_is_lost(opened: Callable[[]
         assert await lines_of(client.events(follow=False)) == list(range(1, 10))
 
 
+@pytest.mark.parametrize("stop", [1, 2, 99, 250])
+async def test_a_position_within_a_batch_in_a_log_that_was_replaced_is_lost(
+    opened: Callable[[], Client], repo: LoopFiles, stop: int
+) -> None:
+    repo.append(numbered(1, 300))
+    async with opened() as client:
+        stream = client.events()
+        await lines_of(stream, stop)
+    repo.replace(numbered(1001, 400))
+
+    async with opened() as client:
+        with pytest.raises(opsmgr.PositionLost, match="log"):
+            await lines_of(client.events(stream.position, follow=False))
+
+
+async def test_a_position_within_a_batch_in_a_log_that_was_cut_off_before_it_is_lost(
+    opened: Callable[[], Client], repo: LoopFiles
+) -> None:
+    repo.append(numbered(1, 600))
+    async with opened() as client:
+        stream = client.events()
+        await lines_of(stream, 350)
+    repo.log.write_bytes(numbered(1, 250) + numbered(9001, 50))
+
+    async with opened() as client:
+        with pytest.raises(opsmgr.PositionLost, match="300 lines, of which 350"):
+            await lines_of(client.events(stream.position, follow=False))
+
+
 async def test_a_malformed_record_is_an_error_unless_somebody_is_told_of_it(
     opened: Callable[[], Client], repo: LoopFiles
 ) -> None:
