@@ -27,7 +27,10 @@ def run(*, config_file: Path | None, metrics: str | None, log_level: str) -> Non
     """
     import asyncio
     import gc
+    import signal
     from dataclasses import replace
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the config is read later than this: it need not be read anew
 
     from opsmgr.config import check_metrics, find_config, load_config
     from opsmgr.fleet import daemon
