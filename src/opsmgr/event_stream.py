@@ -37,56 +37,53 @@ class EventStream:
         self.position = start
         """Just past the event that was given last. Store it once that is handled, and go on there another day."""
         self._on_malformed = on_malformed
-        self._closing = asyncio.Event()
-        self._ended = asyncio.Event()
-        self._events = self._read(_subscribed(transport, query, policy=policy, on_retry=on_retry))
+        self._batches = _subscribed(transport, query, policy=policy, on_retry=on_retry)
+        self._steps: Iterator[tuple[EventEnvelope | None, Position]] = iter(())
+        """What is left of the last batch."""
+        self._reading: asyncio.Future[Any] | None = None
+        """The next batch. Who is cancelled while waiting leaves it to who asks next: a time limit loses nothing."""
+        self._is_closed = False
 
     def __aiter__(self) -> AsyncIterator[EventEnvelope]:
         return self
 
     async def __anext__(self) -> EventEnvelope:
-        return await anext(self._events)
+        while not self._is_closed:
+            for event, position in self._steps:
+                self.position = position
+                if event is not None:
+                    return event
+            if (batch := await self._next()) is None:
+                break
+            if batch.caught_up and batch.cursor["eventLineCount"] < self.position.line:
+                raise LogTruncated(
+                    f"the log has {batch.cursor['eventLineCount']} lines, of which {self.position.line} were read"
+                )
+            self._steps = _steps(batch, self.position)
+            for record in batch.skipped:
+                self._on_malformed(record)
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Ends it, also for another task that waits for its next event; `position` stays."""
-        self._closing.set()
-        try:
-            await self._events.aclose()
-        except RuntimeError:  # that other task is in it
-            await self._ended.wait()
+        self._is_closed = True
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
+        await self._batches.aclose()
 
-    async def _read(self, batches: AsyncGenerator[EventBatch]) -> AsyncGenerator[EventEnvelope]:
-        begun_within = self.position.line  # of a batch, maybe: its token is that of the batch before
-        try:
-            async with contextlib.aclosing(batches):
-                while (batch := await self._next(batches)) is not None:
-                    for record in batch.skipped:
-                        self._on_malformed(record)
-                    if batch.caught_up and batch.cursor["eventLineCount"] < begun_within:
-                        raise LogTruncated(
-                            f"the log has {batch.cursor['eventLineCount']} lines, of which {begun_within} were read"
-                        )
-                    for event, position in _steps(batch, self.position):
-                        if position.line > begun_within:
-                            self.position = position
-                            yield event
-                    self.position = self.position.after(batch)
-        finally:
-            self._ended.set()
+    def __del__(self) -> None:
+        """Who drops it while a batch is on its way leaves nothing behind that waits for it."""
+        if self._reading is not None:
+            self._reading.cancel()
 
-    async def _next(self, batches: AsyncGenerator[EventBatch]) -> EventBatch | None:
-        """The next batch; None: there is none, or this is to end."""
-        reading: asyncio.Future[Any] = asyncio.ensure_future(anext(batches, None))
-        closing: asyncio.Future[Any] = asyncio.ensure_future(self._closing.wait())
-        try:
-            await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
-            # Who closes waits for the end: an event that came meanwhile would be given to one who may not come back.
-            return None if self._closing.is_set() else reading.result()
-        finally:
-            closing.cancel()
-            if not reading.done():
-                reading.cancel()
-                await asyncio.wait({reading})
+    async def _next(self) -> EventBatch | None:
+        """The next batch; None: there is none, or this is closed."""
+        reading = self._reading = self._reading or asyncio.ensure_future(anext(self._batches, None))
+        await asyncio.wait({reading})
+        if self._reading is reading:
+            self._reading = None
+        return None if self._is_closed else reading.result()
 
 
 async def _subscribed(transport: Transport, query: EventQuery, **options: Any) -> AsyncGenerator[EventBatch]:
@@ -101,10 +98,12 @@ async def _subscribed(transport: Transport, query: EventQuery, **options: Any) -
             yield batch
 
 
-def _steps(batch: EventBatch, before: Position) -> Iterator[tuple[EventEnvelope, Position]]:
-    """Each event, and the position just past it."""
-    for event in batch.events[:-1]:
-        cursor = event["cursor"]
-        yield event, replace(before, line=cursor["eventLineOffset"], line_count=cursor["eventLineCount"])
-    if batch.events:
-        yield batch.events[-1], before.after(batch)
+def _steps(batch: EventBatch, before: Position) -> Iterator[tuple[EventEnvelope | None, Position]]:
+    """Each event that was not given yet, and the position just past it; at the end None, and that past the batch."""
+    position = after = replace(before, line_count=batch.cursor["eventLineCount"], resume_token=batch.resume_token)
+    for event in batch.events:
+        if (line := event["cursor"]["eventLineOffset"]) > before.line:  # else it began within this batch
+            position = replace(after, line=line)
+            is_last = event is batch.events[-1]
+            yield event, position if is_last else replace(position, resume_token=before.resume_token)
+    yield None, position
