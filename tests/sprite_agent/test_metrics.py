@@ -12,13 +12,14 @@ import grpc
 import pytest
 from conftest import TOKEN
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.errors import LoopNotFound, TokenInvalid
 from sprite_agent.face import readiness
+from sprite_agent.face.healths import Healths
 from sprite_agent.face.metrics import AgentMetrics
 from sprite_agent.face.server import CONTROL_NAME, SERVICE_NAME, ServeError, running
 from sprite_agent.repo import Repo
@@ -226,7 +227,7 @@ async def test_a_bug_in_a_look_at_control_is_told_as_its_health_and_not_the_last
                 raise bug
             return None
 
-    healths = health.aio.HealthServicer()
+    healths = Healths({})
     with contextlib.closing(Broken(repo.repo, state_folder=tmp_path / "state", runtime=None)) as core:
         control = readiness.ControlReadiness(CONTROL_NAME, core, healths, metrics)
         await control.look()

@@ -6,14 +6,13 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import structlog
-from grpc_health.v1 import health_pb2
 
 from sprite_agent.errors import InternalError
+from sprite_agent.face.healths import NOT_SERVING, SERVING
 
 if TYPE_CHECKING:
-    from grpc_health.v1 import health
-
     from sprite_agent.errors import OpsError
+    from sprite_agent.face.healths import Healths
     from sprite_agent.face.metrics import AgentMetrics
     from sprite_agent.repo import Repo
 
@@ -26,7 +25,7 @@ _log = structlog.get_logger("sprite_agent.face.readiness")
 class ControlReadiness:
     """The health of control under a name of its own. Lives as long as its server."""
 
-    def __init__(self, name: str, repo: Repo, healths: health.aio.HealthServicer, metrics: AgentMetrics) -> None:
+    def __init__(self, name: str, repo: Repo, healths: Healths, metrics: AgentMetrics) -> None:
         self._name = name
         self._repo = repo
         self._healths = healths
@@ -51,8 +50,7 @@ class ControlReadiness:
             return
         self._told = reason
         self._metrics.control_serving.set(fault is None)
-        status = health_pb2.HealthCheckResponse
-        await self._healths.set(self._name, status.NOT_SERVING if fault else status.SERVING)
+        self._healths.set(self._name, NOT_SERVING if fault else SERVING)
         if fault is None:
             _log.info("control is served")
         else:

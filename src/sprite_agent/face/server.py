@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sprite_agent.callers import ANONYMOUS
@@ -24,6 +24,7 @@ from sprite_agent.errors import JournalCorrupt, JournalUnavailable, OpsError, To
 from sprite_agent.face.access import Access
 from sprite_agent.face.auth import Auth
 from sprite_agent.face.credential_files import CredentialFiles
+from sprite_agent.face.healths import NOT_SERVING, SERVING, Healths
 from sprite_agent.face.intake import Intake
 from sprite_agent.face.limits import CallerLimits
 from sprite_agent.face.listener import bind
@@ -169,7 +170,7 @@ async def running(config: ServeConfig, credentials: CredentialFiles | None = Non
             repo, identity, limits=limits, metrics=metrics, credentials=credentials, starting=True
         )
         service_pb2_grpc.add_SpriteAgentServiceServicer_to_server(service, server)
-        healths = health.aio.HealthServicer()
+        healths = Healths({SERVICE_NAME: SERVING, CONTROL_NAME: NOT_SERVING})  # control until it was looked at
         health_pb2_grpc.add_HealthServicer_to_server(healths, server)
         names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if config.channelz:
@@ -182,8 +183,6 @@ async def running(config: ServeConfig, credentials: CredentialFiles | None = Non
             address = bind(server, config.listen, certificates)
         except ValueError as error:
             raise ServeError(str(error)) from error
-        await healths.set(CONTROL_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)  # until it was looked at
-        await healths.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         await _recover(service)  # reads are answered meanwhile
         try:
@@ -194,7 +193,7 @@ async def running(config: ServeConfig, credentials: CredentialFiles | None = Non
             ):
                 yield address
         finally:
-            await healths.enter_graceful_shutdown()
+            healths.end()
             await _drain(server, service)
 
 
@@ -222,7 +221,7 @@ def _refusals(repo: Repo, pool: Executor) -> Callable[[str, str], None]:
     return refused
 
 
-def _readiness(repo: Repo, healths: health.aio.HealthServicer, metrics: AgentMetrics) -> Coroutine[Any, Any, None]:
+def _readiness(repo: Repo, healths: Healths, metrics: AgentMetrics) -> Coroutine[Any, Any, None]:
     return ControlReadiness(CONTROL_NAME, repo, healths, metrics).watch()
 
 
