@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import socket
@@ -40,7 +41,7 @@ from sprite_agent.errors import (
     SignatureStale,
     StreamLimit,
 )
-from sprite_agent.face.server import SERVICE_NAME
+from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
 from support.repos import LOOP, MOMENT, event, line
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
     from opsmgr.transport.local import LocalTransport
     from sprite_agent.contract.envelopes import ControlRequest
+    from sprite_agent.face.config import ServeConfig
     from support.repos import LoopFiles
 
 TOKEN = "token-of-the-tests"  # noqa: S105  # as tests/conftest.py has it
@@ -184,6 +186,23 @@ async def test_where_nothing_listens_nothing_was_sent_after_as_many_tries_as_all
     assert caught.value.details == {"target": f"unix:{tmp_path}/none.sock", "grpcStatus": "UNAVAILABLE"}
     if method != "StreamEvents":  # which subscribe() tries again, from where it stands
         assert (transport.attempts.retries, list(transport.attempts.codes)) == (2, ["NOT_REACHED", "NOT_REACHED"])
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "grpc_proxy", "https_proxy"])
+async def test_what_goes_without_tls_goes_past_the_proxy_of_the_environment(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """A proxy would be told the token."""
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        async with running(dataclasses.replace(config, listen="127.0.0.1:0")) as address:
+            transport = SpriteServiceTransport(address, token=TOKEN, policy=QUICK)
+            try:
+                assert (await asyncio.wait_for(transport.info(), DEADLINE)).loops == [LOOP]
+            finally:
+                await transport.close()
 
 
 async def test_where_no_port_is_open_nothing_was_sent() -> None:
