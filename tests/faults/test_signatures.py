@@ -21,6 +21,7 @@ from sprite_agent.errors import (
     ActorInvalid,
     ApprovalNotPending,
     OpsError,
+    RateLimited,
     ReplayCacheFull,
     RequestUndecodable,
     ScopeMissing,
@@ -41,6 +42,7 @@ from sprite_agent.errors import (
 )
 from sprite_agent.face.access import Access
 from sprite_agent.face.credential_files import CredentialFiles, CredentialSources
+from sprite_agent.face.limits import BURST
 from sprite_agent.face.server import running
 from sprite_agent.repo import Repo
 from sprite_agent.v1 import service_pb2 as pb
@@ -414,6 +416,33 @@ async def test_a_control_that_was_refused_is_not_run_by_its_signature_after_a_re
     assert [type(each) for each in answers] == [ApprovalNotPending, SignatureReplayed]
     assert executions(repo) == []
     found("T20", "the signature of a refused control after a restart: refused, 0 executions")
+
+
+async def test_a_control_that_came_too_soon_is_not_run_by_its_signature_after_a_restart(
+    config: ServeConfig, repo: LoopFiles, tmp_path: Path
+) -> None:
+    files, tokens = sources(tmp_path)
+    config = dataclasses.replace(
+        config,
+        token=None,
+        token_file=files.token_file,
+        trusted_keys=files.trusted_keys,
+        require_signature="control",
+        max_control_rate=1,
+    )
+    repo.append(line(event()))
+    sent = metadata(tokens["full"], ADA.signed(EXECUTE, BODY, token=tokens["full"]))
+    answers = []
+    for asked_before in (BURST, 0):
+        async with running(config) as address, grpc.aio.insecure_channel(address) as channel:
+            for _ in range(asked_before):
+                other = ADA.signed(EXECUTE, BODY, token=tokens["full"])
+                await answer(channel, EXECUTE, BODY, metadata(tokens["full"], other))
+            answers.append(await answer(channel, EXECUTE, BODY, sent))
+        repo.ask_approval()
+
+    assert [type(each) for each in answers] == [RateLimited, SignatureReplayed]
+    assert executions(repo) == []
 
 
 async def test_without_room_to_remember_it_no_signature_is_taken(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

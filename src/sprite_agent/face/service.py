@@ -177,8 +177,8 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         self, request: pb.ExecuteControlRequest, context: grpc.ServicerContext
     ) -> pb.ExecuteControlResponse:
         """See the proto."""
-        self._limits.count_control(CALLER.get().identity)
         with self._using_up_its_signature():
+            self._limits.count_control(CALLER.get().identity)
             return self._execute(request, context)
 
     def _execute(self, request: pb.ExecuteControlRequest, context: grpc.ServicerContext) -> pb.ExecuteControlResponse:
