@@ -408,6 +408,7 @@ async def test_a_confirmation_that_is_not_understood_is_refused(
     answer = await ask("ExecuteControl", message)
 
     assert (answer.code, answer.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
+    assert answer.fields == {f"confirmation.{field}"}
     assert executions(repo) == []
 
 

@@ -57,7 +57,7 @@ def check_request(document: dict[str, Any]) -> ControlRequest:
     found = violations("control_request", document)
     if not found:
         return cast("ControlRequest", document)
-    fields = [(_field_name(path), message) for path, message in found]
+    fields = [(field_name(path), message) for path, message in found]
     if not document.get("idempotencyKey"):
         raise IdempotencyKeyMissing(
             "a control needs an idempotency key: 1 to 128 of A-Z a-z 0-9 . _ : -", violations=fields
@@ -67,7 +67,7 @@ def check_request(document: dict[str, Any]) -> ControlRequest:
         if field in at_fault:
             value = str(document.get(field))
             raise refusal(
-                f"{_field_name(field)} {value[:80]!r} is not valid: {wanted}",
+                f"{field_name(field)} {value[:80]!r} is not valid: {wanted}",
                 details={field: value[:80]},
                 violations=fields,
             )
@@ -85,5 +85,6 @@ def fingerprint(request: ControlRequest) -> str:
     return hashlib.sha256(json_text.encode(meaning)).hexdigest()
 
 
-def _field_name(path: str) -> str:
+def field_name(path: str) -> str:
+    """A path in a control request as the proto names its fields."""
     return re.sub(r"(?<=[a-z])([A-Z])", lambda match: f"_{match[1].lower()}", path)

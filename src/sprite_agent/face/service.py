@@ -13,7 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from sprite_agent import __version__
 from sprite_agent.callers import CALLER
 from sprite_agent.contract import clock, control_mirror, mirror
-from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS
+from sprite_agent.contract.requests import MAX_CONTROL_DEADLINE, MAX_NOTE_CHARACTERS, field_name
 from sprite_agent.contract.streaming import DEFAULT_HEARTBEAT, EventQuery
 from sprite_agent.control.journal import RETENTION_SECONDS
 from sprite_agent.errors import ContractError, DeadlineInvalid, Draining, RequestInvalid, Starting, UnknownFields
@@ -192,7 +192,7 @@ class SpriteAgentService(service_pb2_grpc.SpriteAgentServiceServicer):
         try:
             document = control_mirror.request_from_message(request)
         except ContractError as error:
-            raise RequestInvalid(str(error), violations=[(error.path, error.message)]) from error
+            raise RequestInvalid(str(error), violations=[(field_name(error.path), error.message)]) from error
         result = self._repo.execute(document, caller=CALLER.get(), deadline=time.monotonic() + remaining)
         self.metrics.controlled(result["intent"], result["status"], replayed=result["replayed"])
         return pb.ExecuteControlResponse(
