@@ -186,6 +186,7 @@ ENTRY: dict[str, Any] = json.loads(keys_text([Manager().trusted()]))["keys"][0]
         ([{**ENTRY, "kid": "a b"}], "kid"),
         ([{**ENTRY, "iss": ""}], "iss"),
         ([{**ENTRY, "naf": "2027"}], "naf"),
+        ([{**ENTRY, "naf": 1_767_225_600_000}], "naf"),  # milliseconds
         ([{name: value for name, value in ENTRY.items() if name != "scopes"}], "missing required field `scopes`"),
     ],
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -102,13 +102,17 @@ def check_key_names(key_id: str, issuer: str) -> None:
             ) from error
 
 
+_Moment = Annotated[int, msgspec.Meta(ge=0, le=253_402_300_799)]
+"""Unix time, in seconds: what is later than the year 9999 is in other units."""
+
+
 class _Key(msgspec.Struct, forbid_unknown_fields=True):
     kid: KeyId
     iss: Issuer
     x: str
     scopes: list[str]
-    nbf: int | None = None
-    naf: int | None = None
+    nbf: _Moment | None = None
+    naf: _Moment | None = None
 
     def trusted(self) -> TrustedKey:
         """The key; raises ValueError where it is none."""
