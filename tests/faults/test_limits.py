@@ -143,6 +143,27 @@ async def test_a_caller_with_all_its_streams_on_one_connection_can_still_do_ever
             await anext(transport.events(FOLLOW))
 
 
+async def test_a_caller_with_all_its_streams_of_both_kinds_on_one_connection_can_still_do_everything_else(
+    config: ServeConfig, repo: LoopFiles
+) -> None:
+    repo.append(line(event(message="x" * 1_000)) * 3_000)  # more than is sent to one who does not read
+    async with (
+        serving(config) as address,
+        reaching(address) as transport,
+        following(transport, MAX_STREAMS),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        reading = [
+            await stack.enter_async_context(contextlib.aclosing(transport.events(EventQuery(loop_id=LOOP))))
+            for _ in range(MAX_STREAMS)
+        ]
+        await asyncio.gather(*(anext(batches) for batches in reading))
+        began = time.monotonic()
+        await ask_of_a_key(transport)
+
+        assert time.monotonic() - began < SOON
+
+
 async def test_control_calls_beyond_the_burst_are_refused_and_reads_are_not(config: ServeConfig) -> None:
     async with serving(config, rate=2) as address, reaching(address) as transport:
         for _ in range(2 * BURST):

@@ -63,8 +63,8 @@ LAST_GRACE = 0.5
 """Seconds for answers that are on their way."""
 
 CALLS_BESIDE_STREAMS = 64
-"""Calls a connection may have open beside its streams: without room for them, a caller that has all its streams on one
-connection could not even cancel a loop."""
+"""Calls a connection may have open beside its streams, those that follow and as many that end: without room for them, a
+caller that has all its streams on one connection could not even cancel a loop."""
 INSECURE_REMINDER = 60.0
 """Seconds between two warnings that nobody has to prove who they are."""
 
@@ -161,7 +161,7 @@ async def running(config: ServeConfig, credentials: CredentialFiles | None = Non
             interceptors=[Intake(pool, metrics), Auth(access, metrics, on_refusal=_refusals(repo, pool))],
             options=(
                 *OPTIONS,
-                ("grpc.max_concurrent_streams", config.max_streams_per_caller + CALLS_BESIDE_STREAMS),
+                ("grpc.max_concurrent_streams", 2 * config.max_streams_per_caller + CALLS_BESIDE_STREAMS),
             ),
         )
         identity = Identity(instance_id=uuid.uuid4().hex, sprite_id=config.sprite_id)

@@ -230,7 +230,9 @@ class Limits(_message.Message):
     max_note_characters: _builtins.int
     """Length of a note, in characters."""
     max_streams_per_caller: _builtins.int
-    """Streams that one caller may have open; more are refused (STREAM_LIMIT)."""
+    """Streams that one caller may have open; more are refused (STREAM_LIMIT). Those that follow are counted by
+    themselves, and those that end likewise.
+    """
     max_control_rate: _builtins.int
     """Control calls a second that one caller may go on making; four seconds' worth may come
     at once, more are refused (RATE_LIMITED).
