@@ -357,7 +357,7 @@ OF_LATE = {
     "nearly a day": lambda: made(hours=23, minutes=55),
     "now": lambda: made(seconds=0),
     "in an hour": lambda: made(hours=-1),
-    "the last moment": lambda: "9999-12-31T23:59:59-14:00",
+    "in small letters": lambda: made(seconds=0).lower(),
 }
 """Moments, as of when the test is run."""
 
@@ -373,8 +373,13 @@ def test_a_moment_is_compared_in_its_own_zone(repo: Repo, loop: LoopFiles) -> No
     assert repo.execute(request(requestedAt=here.isoformat(timespec="seconds")))["executed"]
 
 
-def test_a_moment_that_there_never_was_is_refused(repo: Repo, loop: LoopFiles) -> None:
-    refused(repo, loop, RequestInvalid, request(requestedAt="2016-12-31T23:59:60Z"))
+@pytest.mark.parametrize("moment", ["2016-12-31T23:59:60Z", "9999-12-31T23:59:59-14:00"])
+def test_a_moment_that_there_never_was_or_that_is_far_ahead_is_refused(
+    repo: Repo, loop: LoopFiles, moment: str
+) -> None:
+    error = refused(repo, loop, RequestInvalid, request(requestedAt=moment))
+
+    assert [field for field, _ in error.violations] == ["requested_at"]
 
 
 def test_a_key_that_was_used_is_answered_however_old_the_request_is_by_now(

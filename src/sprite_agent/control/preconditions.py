@@ -73,14 +73,20 @@ def check_age(request: ControlRequest, now: datetime) -> None:
 
     Raises:
         RequestTooOld
+        RequestInvalid: it is of a day to come, so it would be young enough long after its key was forgotten.
     """
     made = request.get("requestedAt")
-    if made is not None and now - _moment(made) > MAX_REQUEST_AGE:
+    if made is None:
+        return
+    age = now - _moment(made)
+    if age > MAX_REQUEST_AGE:
         raise RequestTooOld(
             f"the request was made at {made}, more than {MAX_REQUEST_AGE} ago;"
             " look at the loop again and make a new one",
             details={"requestedAt": made},
         )
+    if -age > MAX_REQUEST_AGE:
+        raise _no_moment(made, f"it is more than {MAX_REQUEST_AGE} ahead of this clock")
 
 
 def is_so_already(request: ControlRequest, snapshot: SnapshotEnvelope) -> bool:
@@ -106,6 +112,14 @@ def _check_active(request: ControlRequest, snapshot: SnapshotEnvelope) -> None:
 
 def _moment(text: str) -> datetime:
     try:
-        return datetime.fromisoformat(text)
+        return datetime.fromisoformat(text.upper())  # RFC 3339 has t and z as well
     except ValueError as error:  # a leap second, say
-        raise RequestInvalid(f"requested_at {text!r} is no moment: {error}", details={"requestedAt": text}) from error
+        raise _no_moment(text, str(error)) from error
+
+
+def _no_moment(text: str, fault: str) -> RequestInvalid:
+    return RequestInvalid(
+        f"requested_at {text!r} is no moment: {fault}",
+        details={"requestedAt": text},
+        violations=[("requested_at", fault)],
+    )
