@@ -37,6 +37,10 @@ MAX_DOCUMENT_BYTES = 512 * 1024
 """A document that goes into a snapshot as a whole is not larger: five of them fit a message."""
 MAX_SUMMARY_BYTES = 8 * 1024 * 1024
 """run-summary.json grows by some 5 KB with each iteration; only its last entry goes into a snapshot."""
+MAX_MARKS = 250_000
+"""Commas and opening brackets of a document: nearly as many values it may have, each of which takes some hundred bytes
+once it is parsed, and the whole process waits meanwhile. The runtime's documents have one in forty bytes.
+"""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -259,6 +263,10 @@ class ArtifactFiles:
             os.close(descriptor)
         if len(content) > limit:
             raise ArtifactMalformed(f"{self.repo / path} is larger than {limit} bytes", details={"path": path})
+        if len(content) > MAX_MARKS and sum(map(content.count, (b",", b"[", b"{"))) > MAX_MARKS:
+            raise ArtifactMalformed(
+                f"{self.repo / path} has more than {MAX_MARKS} commas and opening brackets", details={"path": path}
+            )
         return content, {
             "path": path,
             "exists": True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sprite_agent.artifacts import MAX_DOCUMENT_BYTES, MAX_SUMMARY_BYTES
+from sprite_agent.artifacts import MAX_DOCUMENT_BYTES, MAX_MARKS, MAX_SUMMARY_BYTES
 from sprite_agent.contract import json_text
 from sprite_agent.contract.json_text import OpenObject
 from sprite_agent.errors import ArtifactMalformed, EventMalformed
@@ -319,6 +319,16 @@ def test_a_long_summary_with_a_last_entry_of_the_usual_size_is_read(repo: Repo, 
     loop.summarize(*({"run_id": f"run-{number}", "text": "x" * MAX_DOCUMENT_BYTES} for number in range(8)), {"n": 1})
 
     assert snapshot(repo)["run"]["summary"] == {"n": 1}
+
+
+@pytest.mark.parametrize("item", ["[],", "{},", "1,", '{"":0},', "[" * 200 + "]" * 200 + ","])
+def test_a_summary_that_would_be_a_hundred_times_as_large_when_parsed_fails_and_is_not_parsed(
+    repo: Repo, loop: LoopFiles, item: str
+) -> None:
+    loop.run_summary.write_text('{"entries":[' + item * (MAX_SUMMARY_BYTES // len(item) - 100) + "{}]}")
+
+    with pytest.raises(ArtifactMalformed, match=rf"run-summary\.json has more than {MAX_MARKS} commas"):
+        snapshot(repo)
 
 
 def test_a_last_entry_larger_than_a_document_may_be_fails_and_the_file_is_named(repo: Repo, loop: LoopFiles) -> None:
