@@ -273,7 +273,7 @@ class ArtifactFiles:
             "sizeBytes": len(content),
             "lineCount": content.count(b"\n"),
             "sha256": hashlib.sha256(content).hexdigest(),
-            "mtimeEpoch": int(status.st_mtime),
+            "mtimeEpoch": status.st_mtime_ns // 10**9,  # as a float it could be the next second
         }
 
     def _refused(self, path: str, error: OSError) -> ArtifactNotRegular | ArtifactMalformed:

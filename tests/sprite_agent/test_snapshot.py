@@ -575,3 +575,16 @@ def test_reading_writes_nothing(repo: Repo, loop: LoopFiles, tmp_path: Path) -> 
     snapshot(repo)
 
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("moment", [1771824606_999_999_999, 1771824606_000_000_001, -1_500_000_000])
+def test_the_log_and_a_document_of_one_moment_have_the_same_whole_second(
+    repo: Repo, loop: LoopFiles, moment: int
+) -> None:
+    loop.summarize()
+    for path in (loop.log, loop.run_summary):
+        os.utime(path, ns=(moment, moment))
+
+    artifacts = snapshot(repo)["artifacts"]
+
+    assert artifacts["events"]["mtimeEpoch"] == artifacts["runSummary"]["mtimeEpoch"] == moment // 10**9
