@@ -104,6 +104,7 @@ class ArtifactFiles:
         Raises:
             ArtifactNotRegular: a component is a link, or the file is no regular file, or is somebody else's and has
                 another name elsewhere.
+            ArtifactMalformed: the system refuses it for another reason.
         """
         parent, _, name = path.rpartition("/")
         folder = self.open_folder(parent)
@@ -118,7 +119,7 @@ class ArtifactFiles:
         """The status of the regular file at `path`, or None where there is nothing.
 
         Raises:
-            ArtifactNotRegular: as `open`.
+            ArtifactNotRegular, ArtifactMalformed: as `open`.
         """
         parent, _, name = path.rpartition("/")
         folder = self.open_folder(parent)
@@ -129,6 +130,8 @@ class ArtifactFiles:
             self._check(status, folder, path)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise self._refused(path, error) from error
         finally:
             os.close(folder)
         return status
@@ -259,6 +262,8 @@ class ArtifactFiles:
             status = os.fstat(descriptor)
             if len(content) == _PIECE:  # else it ended there: it is a regular file
                 content, status = _read_all(descriptor, limit, status)
+        except OSError as error:
+            raise self._refused(path, error) from error
         finally:
             os.close(descriptor)
         if len(content) > limit:
@@ -281,7 +286,7 @@ class ArtifactFiles:
             return ArtifactNotRegular(
                 f"{self.repo / path} is reached through a link or is no regular file", details={"path": path}
             )
-        return ArtifactMalformed(f"{self.repo / path} can't be opened: {error.strerror}", details={"path": path})
+        return ArtifactMalformed(f"{self.repo / path} can't be read: {error.strerror}", details={"path": path})
 
 
 class _KeptFolders(ArtifactFiles):
@@ -311,7 +316,7 @@ def _read_all(descriptor: int, limit: int, before: os.stat_result) -> tuple[byte
 
     One that takes several reads could be of two contents, each of which parses to the end of the other.
     """
-    with os.fdopen(os.dup(descriptor), "rb") as file:
+    with open(descriptor, "rb", closefd=False) as file:  # by its descriptor
         file.seek(0)
         content = file.read(limit + 1)
     after = os.fstat(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -323,6 +324,28 @@ def test_a_file_that_is_just_being_rewritten_is_read_again(
 
     assert files.read_document(STATE).value == {"active": True}
     writer.join()
+
+
+def failing(*_: object, **__: object) -> None:
+    """A call of the system's that fails, as where one may not search the folder, or the disk is broken."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("call", ["open", "read", "stat"])
+async def test_what_the_system_refuses_is_said_of_the_artifact(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    put(loop.state, {})
+    await come_to_rest(repo)
+    token = repo.read_loop(LOOP).resume_token
+    monkeypatch.setattr(os, call, failing)
+
+    async def ask() -> None:
+        await anext(repo.stream_events(EventQuery(loop_id=LOOP, resume_token=token, follow=True)))
+        repo.read_loop(LOOP)
+
+    with pytest.raises(ArtifactMalformed, match=r"\.superloop.* can't be read: Input/output error"):
+        await ask()
 
 
 LONG = b'{"first": %d, "filler": "' + b" " * 100_000 + b'", "last": %d}'
