@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import threading
 import time
 from dataclasses import replace
@@ -81,11 +82,16 @@ class Repo:
             executors_ahead: whether to keep a process waiting for the next command, once `recover` is through.
 
         Raises:
-            ValueError: there is no folder at `path`, or the state folder is inside it.
+            ValueError: there is no folder at `path`, or none that can be looked at; its name is not UTF-8; or the state
+                folder is inside it.
         """
-        if not path.is_dir():
-            raise ValueError(f"no folder at {path}")
+        if not os.path.isdir(path):  # noqa: PTH112  # Path.is_dir() raises where it may not look
+            raise ValueError(f"no folder at {path}, or none that this user may look at")
         self.path = path.resolve()
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the path of the repo, {str(self.path)!a}, is not UTF-8") from error
         self.folder = StateFolder(state_folder, self.path)
         self.runs_as_own_user = user is not None
         self._files = ArtifactFiles(self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -451,3 +452,12 @@ def test_reading_leaves_no_descriptor_open(files: ArtifactFiles, loop: LoopFiles
     files.loops()
 
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "no\udcffutf-8"])
+def test_a_repo_that_no_envelope_could_name_or_that_can_not_be_looked_at_is_none(tmp_path: Path, name: str) -> None:
+    with contextlib.suppress(OSError):
+        (tmp_path / name).mkdir()
+
+    with pytest.raises(ValueError, match=r"no folder at|is not UTF-8"):
+        Repo(tmp_path / name, state_folder=tmp_path / "state", runtime=None)
