@@ -111,10 +111,15 @@ class Repo:
         self._lock = threading.Lock()
         self._logs: dict[str, EventLog] = {}
         self._patience = patience
+        self._is_closed = False
         self._recent_head: tuple[float, asyncio.Future[JournalHead | None] | None] = (-math.inf, None)
 
     def close(self) -> None:
-        """Ends watching and the executor that waits, and closes the journal. Streams must have ended."""
+        """Ends watching, calls that read a log, and the executor that waits, and closes the journal.
+
+        Streams must have ended.
+        """
+        self._is_closed = True
         self._folders.close()
         self._workers.close()
         self._engine.close()
@@ -241,4 +246,5 @@ class Repo:
         if not self._files.seems_to_have(loop_id):  # else anybody could fill the table with names
             self._files.require_loop(loop_id)
         with self._lock:
-            return self._logs.setdefault(loop_id, EventLog(self._files, loop_id, patience=self._patience))
+            log = EventLog(self._files, loop_id, patience=self._patience, is_over=lambda: self._is_closed)
+            return self._logs.setdefault(loop_id, log)

@@ -33,9 +33,10 @@ from sprite_agent.event_log.record_reader import RUN_BYTES
 from sprite_agent.event_log.records import MAX_RECORD_BYTES, Position
 from sprite_agent.event_log.rereading import CHUNK, Rereading, Stamp
 from sprite_agent.event_log.resume import WINDOW_BYTES, ResumeToken, parse_token
+from sprite_agent.repo import Repo
 from support.logs import numbered, records_of, rest, taken
 from support.repos import LOOP, LoopFiles, event, line, lines
-from support.waiting import until
+from support.waiting import DEADLINE, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -787,6 +788,20 @@ def test_a_log_of_many_gibibytes_is_read_in_short_pieces_that_leave_others_their
 
     assert time.monotonic() - began < 10 * 20 * PIECE
     assert log.lines_read == 1
+
+
+def test_a_call_that_reads_a_log_of_many_gibibytes_ends_when_its_repo_is_closed(
+    loop: LoopFiles, tmp_path: Path
+) -> None:
+    os.truncate(loop.log, 64 * 1024**3)
+    repo = Repo(loop.repo, state_folder=tmp_path / "state", runtime=None)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(repo.read_loop, LOOP)
+        until(lambda: repo._logs, "it reads")  # noqa: SLF001  # nothing else tells
+
+        repo.close()
+
+        assert isinstance(asked.exception(timeout=DEADLINE), Starting)
 
 
 def test_a_call_gives_up_on_a_log_that_takes_too_long_and_goes_on_from_there_the_next_time(loop: LoopFiles) -> None:

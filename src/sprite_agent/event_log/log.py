@@ -85,11 +85,27 @@ class EventLog:
     What may take long is there twice: to be called, and (`..._steps`) to be done in pieces.
     """
 
-    def __init__(self, files: ArtifactFiles, loop_id: str, *, patience: float = math.inf) -> None:
-        """`patience`: seconds after which a call gives up while the log is still being read."""
+    def __init__(
+        self,
+        files: ArtifactFiles,
+        loop_id: str,
+        *,
+        patience: float = math.inf,
+        is_over: Callable[[], bool] = _never,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            files: where the log is.
+            loop_id: the loop.
+            patience: seconds after which a call gives up while the log is still being read.
+            is_over: whether it is to at once: one that nobody waits for would keep its thread, and so the process, as
+                long as sandbox code likes.
+        """
         self._files = files
         self.loop_id = loop_id
         self._patience = patience
+        self._is_over = is_over
         paths = loop_paths(loop_id)
         self.path = paths.events
         self._folder = paths.root
@@ -266,6 +282,10 @@ class EventLog:
 
         def wait() -> None:
             nonlocal waits
+            if self._is_over():
+                raise Starting(f"the event log of loop {self.loop_id} is read no further: its repo was closed")
+            if self._patience == math.inf:
+                return
             if not waits:
                 with self._lock:
                     waits = self._waiting < _MAX_WAITING
@@ -277,7 +297,7 @@ class EventLog:
 
         try:
             with contextlib.closing(steps):
-                return finished(steps, wait if self._patience < math.inf else None)
+                return finished(steps, wait)
         finally:
             if waits:
                 with self._lock:
