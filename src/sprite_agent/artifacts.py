@@ -43,6 +43,7 @@ once it is parsed, and the whole process waits meanwhile. The runtime's document
 """
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_REPO = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """How they are opened."""
 _PIECE = 64 * 1024
@@ -170,10 +171,9 @@ class ArtifactFiles:
             ArtifactNotRegular: a component is a link, or no folder.
         """
         folder = None
-        for part in path.split("/"):
-            place = part if folder is not None else f"{self.repo}/{part}"
+        for part in (str(self.repo), *path.split("/")):
             try:
-                below = os.open(place, _FOLDER, dir_fd=folder)
+                below = os.open(part, _REPO if folder is None else _FOLDER, dir_fd=folder)
             except FileNotFoundError:
                 return None
             except OSError as error:

@@ -108,6 +108,19 @@ def outside(tmp_path: Path) -> Path:
     return outside.repo
 
 
+async def test_a_link_in_place_of_the_repo_itself_is_refused(repo: Repo, loop: LoopFiles, outside: Path) -> None:
+    """Sandbox code may well own the folder that the repo is in."""
+    repo.read_loop(LOOP)
+    move_out(loop.repo, outside)
+
+    with pytest.raises(ArtifactNotRegular):
+        repo.read_loop(LOOP)
+    with pytest.raises(ArtifactNotRegular):
+        repo.loops()
+    with pytest.raises(ArtifactNotRegular):
+        [batch async for batch in repo.stream_events(EventQuery(loop_id=LOOP))]
+
+
 def move_out(inside: Path, outside: Path) -> None:
     """Puts a link to `outside` where `inside` was."""
     if inside.exists():
