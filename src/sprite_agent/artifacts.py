@@ -49,6 +49,8 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _PIECE = 64 * 1024
 _MAX_READS = 6
 _REREAD_PAUSE = 0.02
+_SETTLED = 0.05
+"""Seconds after which a file's times have changed if it has: they are kept in ticks of some milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,9 +128,10 @@ class ArtifactFiles:
         folder = self.open_folder(parent)
         if folder is None:
             return None
+        sought_at = time.time()
         try:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            self._check(status, folder, path)
+            self._check(status, folder, path, sought_at)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -138,6 +141,7 @@ class ArtifactFiles:
         return status
 
     def _open_in(self, folder: int, name: str, path: str) -> int | None:
+        sought_at = time.time()
         try:
             descriptor = os.open(name, _FILE, dir_fd=folder)
         except FileNotFoundError:
@@ -145,21 +149,26 @@ class ArtifactFiles:
         except OSError as error:
             raise self._refused(path, error) from error
         try:
-            self._check(os.fstat(descriptor), folder, path)
+            self._check(os.fstat(descriptor), folder, path, sought_at)
         except ArtifactNotRegular:
             os.close(descriptor)
             raise
         return descriptor
 
-    def _check(self, status: os.stat_result, folder: int, path: str) -> None:
-        """Returns if the file with this status, in the folder open as `folder`, may be read.
+    def _check(self, status: os.stat_result, folder: int, path: str, sought_at: float) -> None:
+        """Returns if the file with this status, sought in the folder open as `folder` at that time, may be read.
 
-        Whoever may write to the folder could make a second name of a file there that it can't read itself.
+        Whoever may write to the folder could make a second name of a file there that it can't read itself, and take
+        that away again before the names are counted: the file has changed by it.
         """
         if not stat.S_ISREG(status.st_mode):
             fault = "is not a regular file"
-        elif status.st_nlink > 1 and status.st_uid != os.fstat(folder).st_uid:
+        elif status.st_uid == os.fstat(folder).st_uid:
+            return
+        elif status.st_nlink > 1:
             fault = "belongs to another user than its folder, and has another name"
+        elif not status.st_mode & stat.S_IROTH and status.st_ctime > sought_at - _SETTLED:
+            fault = "belongs to another user than its folder, and may have had another name a moment ago"
         else:
             return
         raise ArtifactNotRegular(f"{self.repo / path} {fault}", details={"path": path})

@@ -26,6 +26,7 @@ from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, EventsNot
 from sprite_agent.repo import Repo
 from support.following import come_to_rest
 from support.repos import LOOP, LoopFiles, event, line, put
+from support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,6 +193,44 @@ def test_a_link_to_a_file_of_the_same_repo_is_refused_too(files: ArtifactFiles, 
 
     with pytest.raises(ArtifactNotRegular):
         files.read_document(loop_paths(LOOP).approval)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_second_name_of_a_file_that_only_somebody_else_may_read_is_refused_if_it_goes_before_names_are_counted(
+    files: ArtifactFiles, loop: LoopFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(SECRET)
+    secret.chmod(0o640)
+    os.chown(loop.folder, 12345, 12345)
+    os.link(secret, loop.approval)
+    open_file = os.open
+
+    def then_gone(path: str, *words: int, dir_fd: int | None = None) -> int:
+        descriptor = open_file(path, *words, dir_fd=dir_fd)
+        if path == loop.approval.name:
+            loop.approval.unlink()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", then_gone)
+    with pytest.raises(ArtifactNotRegular, match="may have had another name"):
+        files.read_document(loop_paths(LOOP).approval)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_of_somebody_else_is_read_if_it_has_had_no_other_name(files: ArtifactFiles, loop: LoopFiles) -> None:
+    put(loop.approval, {"status": "pending"})
+    put(loop.heartbeat, {"pid": 1})
+    loop.heartbeat.chmod(0o600)
+    os.chown(loop.folder, 12345, 12345)
+
+    def heartbeat() -> object:
+        with contextlib.suppress(ArtifactNotRegular):
+            return files.read_document(loop_paths(LOOP).heartbeat).value
+        return None
+
+    assert files.read_document(loop_paths(LOOP).approval).value == {"status": "pending"}
+    assert until(heartbeat, "it is taken") == {"pid": 1}
 
 
 def test_a_link_to_nowhere_is_refused_and_not_taken_for_a_missing_file(files: ArtifactFiles, loop: LoopFiles) -> None:
