@@ -380,6 +380,48 @@ async def test_a_kill_right_after_a_file_was_saved_loses_no_escalation(
     assert "log_replaced" in manager.categories
 
 
+async def test_a_kill_right_after_the_state_was_saved_loses_no_divergence(manager: _Manager, loop: LoopFiles) -> None:
+    loop.append(*(fresh() for _ in range(10)))
+    await manager.reconcile()
+    loop.replace(fresh("new"))
+    _reconcile_and_die(loop, manager.store, "state.json")
+
+    await manager.reconcile()
+
+    assert "divergence_detected" in manager.categories
+
+
+async def test_a_kill_right_after_the_cursor_of_another_log_was_saved_is_no_drift(
+    manager: _Manager, loop: LoopFiles
+) -> None:
+    loop.append(*(fresh() for _ in range(10)))
+    await manager.reconcile()
+    loop.replace(fresh("new"))
+    _reconcile_and_die(loop, manager.store, "cursor.json")
+    loop.append(fresh("role_start"))
+
+    state = await manager.reconcile()
+
+    assert state["sequence"]["violations"] == []
+    assert "ordering_drift_detected" not in manager.categories
+
+
+async def test_an_escalation_that_can_not_be_written_leaves_the_state_as_it_was(
+    manager: _Manager, loop: LoopFiles
+) -> None:
+    loop.append(*(fresh() for _ in range(10)))
+    await manager.reconcile()
+    before = manager.state
+    loop.replace(fresh("new"))
+    manager.store.escalations.mkdir()
+    await manager.fails(InputInvalid)
+
+    assert manager.state == before
+    manager.store.escalations.rmdir()
+    await manager.reconcile()
+    assert "divergence_detected" in manager.categories
+
+
 async def test_both_transports_write_the_same_files(repo: LoopFiles, local: Transport, remote: Transport) -> None:
     put(repo.state, {"active": True, "current_loop_id": LOOP, "iteration": 1})
     put(repo.heartbeat, {"timestamp": clock.now(), "pid": 4711, "stage": "planner"})

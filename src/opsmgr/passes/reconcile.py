@@ -229,9 +229,10 @@ def _judge(transport: Transport, store: LoopStore, options: ReconcileOptions, do
 def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, done: Pass, verdict: _Verdict) -> None:
     """Writes everything but the line about the pass.
 
-    The cursor comes after the state and the escalations that cover it: what a kill between them leaves undone is
-    done again, and no alarm is lost. The memory of the ordering checks comes after the cursor: events that are
-    seen again are no regression.
+    The escalations come before the state, which a cursor's step back is held against, and the cursor after both:
+    what a kill between them leaves undone is done again, and no alarm is lost. The memory of the ordering checks
+    comes after the cursor: events that are seen again are no regression. Where the log is taken from its start it
+    comes before: held against the memory of what was before, what follows a new cursor would be a regression.
 
     Raises:
         InputInvalid: something can't be written.
@@ -239,12 +240,14 @@ def _persist(transport: Transport, store: LoopStore, options: ReconcileOptions, 
     files.save(store.transport_health, verdict.transport_health)
     if verdict.heartbeat is not None:
         files.save(store.heartbeat, verdict.heartbeat)
+    escalate(store, verdict.escalations, loop_id=options.loop_id, trace_id=options.trace_id, transport=transport.name)
+    begins_anew = done.lost is not None or options.from_start
     if done.state is not None:
         files.save(store.state, done.state)
-    escalate(store, verdict.escalations, loop_id=options.loop_id, trace_id=options.trace_id, transport=transport.name)
-    if done.state is not None:
+        if begins_anew and verdict.sequence is not None:
+            files.save(store.sequence, verdict.sequence)
         save_cursor(store.cursor, done.after, repo_path=done.state["source"]["repoPath"], loop_id=options.loop_id)
-    if verdict.sequence is not None:
+    if verdict.sequence is not None and not begins_anew:
         files.save(store.sequence, verdict.sequence)
     files.save(store.health, verdict.health)
     if verdict.heartbeat is not None:
