@@ -254,7 +254,7 @@ def _last_line(path: Path) -> bytes | None:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _LINE_BYTES))
             lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
+    except OSError:
         return None
     return lines[-1] if lines else None
 

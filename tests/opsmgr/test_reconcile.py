@@ -1036,6 +1036,36 @@ async def test_a_previous_state_of_another_shape_is_refused_or_taken_as_absent(
     assert len(manager.telemetry) == 1
 
 
+@pytest.mark.parametrize("is_gone", [False, True], ids=["success", "failure"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("telemetry/transport-health.json", {"lastFailureCode": 5, "failureStreak": -5}),
+        ("sequence-state.json", {"status": 7, "updatedAt": 3, "lastEventSequence": -1, "lastSnapshotSequence": 2**64}),
+    ],
+)
+async def test_a_file_of_ours_of_another_shape_keeps_no_pass_from_being_told(
+    manager: _Manager, loop: LoopFiles, name: str, content: Json, *, is_gone: bool
+) -> None:
+    await manager.reconcile()  # the next one brings no event
+    put(manager.store.folder / name, content)
+    if is_gone:
+        loop.log.unlink()
+
+    with contextlib.suppress(EventsNotFound):
+        await reconcile(manager.transport, manager.store, ReconcileOptions(loop_id=LOOP))
+
+    assert [entry["failureCode"] for entry in manager.telemetry] == [None, "snapshot_unavailable" if is_gone else None]
+
+
+async def test_a_record_of_the_intents_that_can_not_be_read_is_none(manager: _Manager) -> None:
+    manager.store.intents.mkdir(parents=True)
+
+    await manager.reconcile()
+
+    assert manager.health["metrics"]["lastControlStatus"] is None
+
+
 async def test_a_cursor_of_another_loop_is_refused_and_told(manager: _Manager) -> None:
     await manager.reconcile()
     put(manager.store.cursor, {**manager.cursor, "loopId": "another"})

@@ -26,7 +26,7 @@ from opsmgr.passes.sequence import check_sequence
 from opsmgr.passes.telemetry import heartbeat_line, reconcile_line, sequence_line, transport_health
 from sprite_agent.contract import clock
 from sprite_agent.contract.json_text import member
-from sprite_agent.contract.validation import validate
+from sprite_agent.contract.validation import is_valid, validate
 from sprite_agent.errors import OpsError
 
 if TYPE_CHECKING:
@@ -190,9 +190,9 @@ def _judge(transport: Transport, store: LoopStore, options: ReconcileOptions, do
             envelope, options.thresholds, transport=transport.name, now=now, trace_id=options.trace_id
         )
         validate("manager_heartbeat", heartbeat)
-    sequence = done.sequence
+    sequence = done.sequence if is_valid("manager_sequence", done.sequence) else None
     if done.failure is None and envelope is not None:
-        sequence = check_sequence(envelope, done.events, None if done.lost or options.from_start else sequence)
+        sequence = check_sequence(envelope, done.events, None if done.lost or options.from_start else done.sequence)
         validate("manager_sequence", sequence)
     projection = member(done.state or done.previous, "projection")
     health = judge(

@@ -57,4 +57,4 @@ def check_sequence(
 
 
 def _number(value: Any) -> int | None:
-    return value if type(value) is int else None
+    return value if type(value) is int and 0 <= value < 2**63 else None

@@ -18,15 +18,16 @@ def transport_health(
 ) -> dict[str, Any]:
     """transport-health.json after an ingest that went well (no failure code) or did not."""
     now = clock.now()
-    streak = member(last, "failureStreak")
+    streak, before = member(last, "failureStreak"), member(last, "lastFailureCode")
+    known = type(streak) is int and streak > 0
     return {
         "schemaVersion": "v1",
         "updatedAt": now,
         "traceId": trace_id,
         "transport": transport,
         "lastResult": "success" if failure_code is None else "failed",
-        "failureStreak": 0 if failure_code is None else (streak if type(streak) is int else 0) + 1,
-        "lastFailureCode": failure_code or member(last, "lastFailureCode"),
+        "failureStreak": 0 if failure_code is None else (streak if known else 0) + 1,
+        "lastFailureCode": failure_code or (before if isinstance(before, str) else None),
         "lastSuccessAt": now if failure_code is None else member(last, "lastSuccessAt"),
         "lastFailureAt": member(last, "lastFailureAt") if failure_code is None else now,
     }
