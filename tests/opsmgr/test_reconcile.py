@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsmgr.errors import InputInvalid, LoopLocked, NoAnswer
+from opsmgr.passes.escalations import MOST_RECORDS
 from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore, append, default_folder
 from opsmgr.transport.local import LocalTransport
@@ -898,6 +899,18 @@ async def test_a_malformed_line_is_passed_over_and_told_where_that_is_asked_for(
 
     assert [entry["eventsIngested"] for entry in manager.telemetry] == [3, 0]
     assert manager.categories == ["event_malformed"]
+
+
+async def test_of_many_malformed_lines_the_first_are_told_and_the_rest_together(
+    manager: _Manager, loop: LoopFiles
+) -> None:
+    loop.append(b"x\n" * 5000, fresh("role_start"))
+
+    await manager.reconcile(skip_malformed=True)
+
+    told = [escalation["evidence"] for escalation in manager.escalations]
+    assert [evidence["firstLine"] for evidence in told] == list(range(3, 3 + MOST_RECORDS + 1))
+    assert (told[-1]["lastLine"], told[-1]["records"]) == (5002, 5000 - MOST_RECORDS)
 
 
 async def test_a_first_reconcile_that_fails_writes_no_state_and_no_cursor(manager: _Manager, loop: LoopFiles) -> None:
