@@ -59,11 +59,22 @@ def test_a_decision_of_the_sandboxs_own_is_found(repo: Repo, loop: LoopFiles, by
 
     (found,) = findings(repo)
     assert found.reason == "APPROVAL_UNATTRIBUTED"
-    assert found.message == (
-        f"the approval request of loop demo was approved by {by if isinstance(by, str) else None!r},"
-        " and not through this agent"
+    assert found.message.startswith("approval request ")
+    assert found.message.endswith(
+        f" of loop demo was approved by {by if isinstance(by, str) else None!r}, and not through this agent"
     )
     assert executions(loop) == []
+
+
+def test_decisions_by_one_name_on_two_requests_are_two_findings(repo: Repo, loop: LoopFiles) -> None:
+    """A manager that has not looked in between escalates only what it has not heard of yet."""
+    decide(loop, "alice@corp")
+    (first,) = findings(repo)
+
+    decide(loop, "alice@corp", iteration=2)
+    (second,) = findings(repo)
+
+    assert first != second
 
 
 def test_a_mark_of_ours_on_another_request_is_found(repo: Repo, loop: LoopFiles) -> None:

@@ -31,7 +31,9 @@ def find_unattributed(loop_id: str, approval: Any, find_execution: Callable[[str
     entry = find_execution(by.rpartition("#")[2]) if by else None
     if entry is not None and entry.mark == by and _decided_this(entry, loop_id, _INTENTS[status], approval):
         return None
-    message = f"the approval request of loop {loop_id} was {status} by {by!r}, and not through this agent"
+    # Which request: a manager tells a finding that it knows from a new one by what is said.
+    which = (subject_of(approval) or "")[:12]
+    message = f"approval request {which} of loop {loop_id} was {status} by {by!r}, and not through this agent"
     return Finding(APPROVAL_UNATTRIBUTED, message)
 
 
