@@ -265,6 +265,33 @@ async def test_the_same_key_again_runs_nothing_and_is_recorded_again(
     assert [entry["status"] for entry in records(store)] == ["confirmed", "confirmed"]
 
 
+async def test_a_key_whose_outcome_is_on_disk_is_answered_while_the_agent_is_away(
+    transport: LocalTransport, store: LoopStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away() -> AgentInfo:
+        raise NoAnswer("no answer: connection refused")
+
+    first = await send(transport, store, request())
+    monkeypatch.setattr(transport, "info", away)
+
+    again = await send(transport, store, request())
+
+    assert again == {**first, "replayed": True}
+    assert [entry["status"] for entry in records(store)] == ["confirmed", "confirmed"]
+
+
+async def test_a_key_whose_outcome_is_on_disk_is_not_in_doubt_while_control_is_frozen(
+    transport: LocalTransport, store: LoopStore
+) -> None:
+    await send(transport, store, request())
+    save_memory(store, AgentMemory(frozen="its journal went back"))
+
+    with pytest.raises(AgentStateRolledBack) as refused:
+        await send(transport, store, request())
+
+    assert refused.value.executed is False
+
+
 async def test_every_intent_adds_one_line(transport: LocalTransport, store: LoopStore) -> None:
     await send(transport, store, request("approve", idempotencyKey="key-1"))
     with pytest.raises(ApprovalNotPending):

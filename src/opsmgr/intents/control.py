@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from opsmgr.agent_memory import escalate, load_memory, save_memory
-from opsmgr.errors import InputInvalid, in_doubt
+from opsmgr.errors import InputInvalid, NoAnswer, in_doubt
 from opsmgr.intents.control_records import Invocation, exit_code
 from opsmgr.intents.outbox import Outbox, Row
 from sprite_agent.contract import clock
@@ -190,7 +190,11 @@ class _Sending:
             memory = load_memory(self.store)
             memory.refuse_if_frozen()
             if memory.journal is not None:
-                await transport.info()  # says how far the journal has got, before it gets any further
+                try:
+                    await transport.info()  # says how far the journal has got, before it gets any further
+                except NoAnswer:
+                    if self.row.result is None:  # else nothing is going to be sent
+                        raise
                 self._look(memory)
                 if memory.frozen is not None:
                     save_memory(self.store, memory)
@@ -279,8 +283,8 @@ class _Sending:
             raise error
 
     def _so_far(self) -> bool | None:
-        """Whether something was run for the row before: it is not known, or nothing was sent."""
-        return None if self.row.attempts else False
+        """Whether something was run for the row, beside what it says: it is not known, or nothing was sent."""
+        return None if self.row.attempts and self.row.result is None else False
 
     def _unknown(self, error: OpsError | None) -> Row:
         return replace(self.row, state="unknown", error=self.row.error if error is None else _told(error))
