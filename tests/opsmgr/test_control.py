@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from conformance import documents
 from opsmgr.agent_memory import AgentMemory, save_memory
 from opsmgr.errors import AgentStateRolledBack, InputInvalid, NoAnswer, NotReached, TransportRefused
 from opsmgr.intents.control import SENDS, exit_code, new_key, resume, row_to_resume, send
-from opsmgr.intents.outbox import Outbox
+from opsmgr.intents.outbox import Outbox, Row
 from opsmgr.store import LoopStore, default_folder
 from opsmgr.transport.base import Attempts
 from opsmgr.transport.local import LocalTransport
@@ -27,6 +28,7 @@ from sprite_agent.errors import (
     IdempotencyKeyReused,
     InternalError,
     OpsError,
+    RequestTooOld,
     RunMismatch,
     RuntimeMissing,
 )
@@ -36,7 +38,6 @@ from support.waiting import DEADLINE
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from opsmgr.intents.outbox import Row
     from opsmgr.transport.base import AgentInfo, Snapshot, Transport, TransportName
     from sprite_agent.contract.agent_state import JournalHead
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
@@ -578,6 +579,23 @@ async def test_a_refusal_leaves_a_row_that_is_not_resumed_and_whose_key_is_free(
     await send(losing, store, request())
 
     assert executions(repo) == 1
+
+
+async def test_what_the_agent_may_have_forgotten_is_not_said_to_have_run_nothing(
+    transport: LocalTransport, store: LoopStore
+) -> None:
+    long_ago = "2026-01-02T03:04:05Z"
+    asked = {**request(requestedAt=long_ago), "provenance": {"managerId": "opsmgr", "host": "here", "attempt": 1}}
+    row = Row(request=asked, transport="local", address=None, attempts=1, created_at=long_ago, updated_at=long_ago)
+    Outbox(store).save(replace(row, state="unknown"))
+
+    with pytest.raises(RequestTooOld) as refused:
+        await resume(transport, store, row)
+
+    assert refused.value.executed is None
+    kept = Outbox(store).load("key-1")
+    assert kept is not None
+    assert kept.state == "unknown"
 
 
 async def test_what_is_sent_again_is_sent_with_the_expectations_of_its_row(

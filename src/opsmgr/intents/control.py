@@ -231,7 +231,8 @@ class _Sending:
                 if error.executed is None:
                     open_ends = error
                     continue
-                if open_ends is not None or attached or (self.row.attempts > 1 and error.retryable):
+                earlier = self.row.attempts > 1 and (error.retryable or self.row.is_forgotten())
+                if open_ends is not None or attached or earlier:
                     told = in_doubt(error)
                     self._keep(self._unknown(told))
                     raise told from None

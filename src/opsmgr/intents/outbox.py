@@ -55,6 +55,10 @@ class Row:
         """The idempotency key."""
         return self.request["idempotencyKey"]
 
+    def is_forgotten(self) -> bool:
+        """Whether it is so old that an agent which does not know its key may have known it."""
+        return datetime.fromisoformat(self.created_at) < datetime.now(UTC) - KEPT
+
     @property
     def settled(self) -> bool:
         """Whether it is known what became of it."""
