@@ -243,11 +243,9 @@ class _Sending:
 
     async def _sent(self) -> ControlResult:
         """One send. Its row is on disk first, or nothing is sent."""
-        before, self.row = self.row, replace(self.row, state="pending", attempts=self.row.attempts + 1)
         try:
-            self.row = self.outbox.save(self.row)
+            self.row = self.outbox.save_attempt(self.row)
         except OpsError as error:
-            self.row = before
             error.executed = self._so_far()
             raise
         request: Any = self.call.request

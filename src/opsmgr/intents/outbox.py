@@ -98,6 +98,12 @@ class Outbox:
         files.save(self._path(row.key), document)
         return row
 
+    def save_attempt(self, row: Row) -> Row:
+        """Counts one more send, beside those of another manager that has begun with the key meanwhile; see `save`."""
+        known = _readable(self._path(row.key))
+        others = 0 if known is None or known.state == "refused" else known.attempts
+        return self.save(replace(row, state="pending", attempts=max(row.attempts, others) + 1))
+
     def unsettled(self) -> list[Row]:
         """The rows of which it is not known what became of them, oldest first; what can't be read is passed over."""
         return sorted(
