@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,15 @@ def project(
         from sprite_agent.contract.loop_ids import check_loop_id
 
         check_loop_id(loop)
-        target = state_file or store.default_folder(repo or Path(), loop) / "state.json"
+        manager = store.LoopStore(store.default_folder(repo or Path(), loop))
+        target = state_file or manager.state
         snapshot: Any = store.load_document(snapshot_file)
         events: Any = store.load_lines(events_file)
-        state = projection.project(loop, snapshot, events, store.load(target))
-        state["evidence"] |= {"snapshotFile": str(snapshot_file), "eventsFile": str(events_file)}
-        store.save(target, state)
+        is_managers = target == manager.state and manager.folder.exists()
+        with manager.locked() if is_managers else contextlib.nullcontext():
+            state = projection.project(loop, snapshot, events, store.load(target))
+            state["evidence"] |= {"snapshotFile": str(snapshot_file), "eventsFile": str(events_file)}
+            store.save(target, state)
         print_json(state, pretty=pretty)
 
 
