@@ -40,7 +40,7 @@ def load_daemons(status_file: Path) -> dict[str, Any] | None:
         age = (datetime.now(UTC) - datetime.fromisoformat(document["updatedAt"])).total_seconds()
     except (ContractError, ProcessLookupError, TypeError, ValueError, OverflowError):
         return None
-    return document if age < FRESH_SECONDS else None
+    return document if abs(age) < FRESH_SECONDS else None
 
 
 def read_status(targets: Iterable[Target]) -> dict[str, Any]:

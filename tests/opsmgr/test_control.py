@@ -585,7 +585,7 @@ async def test_what_the_agent_may_have_forgotten_is_not_said_to_have_run_nothing
     transport: LocalTransport, store: LoopStore
 ) -> None:
     long_ago = "2026-01-02T03:04:05Z"
-    asked = {**request(requestedAt=long_ago), "provenance": {"managerId": "opsmgr", "host": "here", "attempt": 1}}
+    asked: Any = {**request(requestedAt=long_ago), "provenance": {"managerId": "opsmgr", "host": "here", "attempt": 1}}
     row = Row(request=asked, transport="local", address=None, attempts=1, created_at=long_ago, updated_at=long_ago)
     Outbox(store).save(replace(row, state="unknown"))
 

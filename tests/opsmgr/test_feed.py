@@ -13,12 +13,12 @@ import pytest
 from opsmgr.errors import InputInvalid, NoAnswer
 from opsmgr.passes import feed as feed_module
 from opsmgr.passes import ingest
-from opsmgr.passes.feed import Feed, fold
+from opsmgr.passes.feed import MOST_RECORDS, Feed, fold
 from opsmgr.passes.reconcile import ReconcileOptions, reconcile, reconcile_held, record_failure
 from opsmgr.store import LoopStore, default_folder
 from opsmgr.transport.local import LocalTransport
 from sprite_agent.contract import clock
-from sprite_agent.contract.streaming import EventBatch, EventQuery
+from sprite_agent.contract.streaming import EventBatch, EventQuery, SkippedRecord
 from sprite_agent.errors import LogReplaced, OpsError
 from support.repos import LOOP, LoopFiles, event, line, put
 from support.waiting import DEADLINE
@@ -127,6 +127,16 @@ def batch(first: int, last: int) -> EventBatch:
         {"cursor": {"eventLineOffset": number}, "sequence": {"value": number}} for number in range(first, last + 1)
     ]
     return EventBatch(events=events, cursor=cursor, resume_token="", caught_up=True, skipped=[], emitted_at="")
+
+
+def bad(first: int, last: int) -> EventBatch:
+    """Malformed records on these lines."""
+    cursor: Any = {"eventLineOffset": 0, "eventLineCount": last}
+    skipped = [
+        SkippedRecord(first_line=line, last_line=line, reason="no JSON", excerpt="x", size_bytes=1, sha256="")
+        for line in range(first, last + 1)
+    ]
+    return EventBatch(events=[], cursor=cursor, resume_token="", caught_up=True, skipped=skipped, emitted_at="")
 
 
 def lines_of(portion: Portion) -> list[int]:
@@ -437,3 +447,28 @@ def test_events_whose_order_is_not_as_it_should_are_all_kept(monkeypatch: pytest
     assert fold(doubled) == (doubled, 0)
     unnumbered: Any = [*rising, {}]
     assert fold(unnumbered) == (unnumbered, 0)
+
+
+def test_of_many_malformed_records_few_are_kept_and_all_are_told() -> None:
+    feed = Feed()
+    for first in range(1, 100_001, 200):
+        feed.put(bad(first, first + 199))
+
+    found = feed.portion(100_000).malformed
+    assert len(found) <= 4 * MOST_RECORDS
+    assert [(each.first.first_line, each.last_line) for each in found[:MOST_RECORDS]] == [
+        (line, line) for line in range(1, MOST_RECORDS + 1)
+    ]
+    assert (sum(each.record_count for each in found), found[-1].last_line) == (100_000, 100_000)
+
+
+def test_malformed_records_up_to_a_split_are_told_apart_from_later_ones() -> None:
+    feed = Feed()
+    feed.put(bad(1, 50))
+    feed.split(50)
+    feed.put(bad(51, 150))
+
+    portion = feed.portion(50)
+    assert sum(each.record_count for each in portion.malformed) == 50
+    feed.handled(portion)
+    assert sum(each.record_count for each in feed.portion(150).malformed) == 100

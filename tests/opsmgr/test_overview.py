@@ -115,6 +115,31 @@ def test_what_a_daemon_told_long_ago_does_not_count(tmp_path: Path) -> None:
     assert overview.load_daemons(tmp_path / "status.json") is None
 
 
+def test_what_a_daemon_told_of_a_time_to_come_does_not_count(tmp_path: Path) -> None:
+    store.save(tmp_path / "status.json", status(row("demo"), age=-overview.FRESH_SECONDS - 5))
+
+    assert overview.load_daemons(tmp_path / "status.json") is None
+
+
+@pytest.mark.parametrize(("age", "counts"), [(0, True), (overview.FRESH_SECONDS + 5, False)], ids=["now", "long ago"])
+def test_what_a_daemon_of_another_user_told_counts_as_long_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, *, counts: bool
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError  # as for pid 1, for everybody but root
+
+    monkeypatch.setattr(os, "kill", refused)
+    store.save(tmp_path / "status.json", status(row("demo"), age=age))
+
+    assert (overview.load_daemons(tmp_path / "status.json") is not None) is counts
+
+
+def test_what_a_process_told_that_there_can_not_be_does_not_count(tmp_path: Path) -> None:
+    store.save(tmp_path / "status.json", status(row("demo"), pid=2**40))
+
+    assert overview.load_daemons(tmp_path / "status.json") is None
+
+
 def test_what_a_daemon_told_that_has_ended_does_not_count(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait(DEADLINE)

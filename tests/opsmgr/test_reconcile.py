@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from opsmgr.errors import InputInvalid, LoopLocked, NoAnswer
-from opsmgr.passes.escalations import MOST_RECORDS
+from opsmgr.passes.feed import MOST_RECORDS
 from opsmgr.passes.reconcile import ReconcileOptions, reconcile
 from opsmgr.store import LoopStore, append, default_folder
 from opsmgr.transport.local import LocalTransport

@@ -8,11 +8,8 @@ from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
     from opsmgr.agent_memory import Escalation
+    from opsmgr.passes.feed import Malformed
     from opsmgr.passes.ingest import Pass
-    from sprite_agent.contract.streaming import SkippedRecord
-
-MOST_RECORDS = 20
-"""So many malformed records of one pass are told one by one: sandbox code that writes more drives no alarm out."""
 
 
 def find_escalations(
@@ -27,10 +24,7 @@ def find_escalations(
     if done.state is not None:
         if done.lost is not None:
             found.append((done.lost.reason.lower(), {"message": str(done.lost), **done.lost.details}))
-        found += [("event_malformed", _told(record)) for record in done.skipped[:MOST_RECORDS]]
-        if further := done.skipped[MOST_RECORDS:]:
-            together = {**_told(further[0]), "lastLine": further[-1].last_line, "records": len(further)}
-            found.append(("event_malformed", together))
+        found += [("event_malformed", _told(each)) for each in done.malformed]
         if done.state["divergence"]["any"]:
             found.append(
                 ("divergence_detected", {"flags": done.state["divergence"]["flags"], "cursor": done.state["cursor"]})
@@ -43,10 +37,11 @@ def find_escalations(
     return found
 
 
-def _told(record: SkippedRecord) -> dict[str, Any]:
+def _told(found: Malformed) -> dict[str, Any]:
     return {
-        "firstLine": record.first_line,
-        "lastLine": record.last_line,
-        "reason": record.reason,
-        "excerpt": record.excerpt,
+        "firstLine": found.first.first_line,
+        "lastLine": found.last_line,
+        "reason": found.first.reason,
+        "excerpt": found.first.excerpt,
+        **({"records": found.record_count} if found.record_count > 1 else {}),
     }

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.contract.json_text import member
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST_EVENTS = 200
 """So many events are kept; of more, the first and the last tell all that a pass wants to know."""
+MOST_RECORDS = 20
+"""So many malformed records are told one by one: sandbox code that writes more fills no memory, drives no alarm out."""
 
 
 def fold(events: list[EventEnvelope]) -> tuple[list[EventEnvelope], int]:
@@ -33,6 +35,30 @@ def fold(events: list[EventEnvelope]) -> tuple[list[EventEnvelope], int]:
     return ([events[0], events[-1]], len(events) - 2) if rising else (events, 0)
 
 
+class Malformed(NamedTuple):
+    """A record that is no event, or many of them in a row that are told together."""
+
+    first: SkippedRecord
+    last_line: int
+    record_count: int
+
+
+def malformed(records: list[SkippedRecord]) -> list[Malformed]:
+    """Each by itself."""
+    return [Malformed(record, record.last_line, 1) for record in records]
+
+
+def fold_malformed(found: list[Malformed]) -> list[Malformed]:
+    """The first of them as they are, the rest as one."""
+    rest = found[MOST_RECORDS:]
+    if not rest:
+        return found
+    return [
+        *found[:MOST_RECORDS],
+        Malformed(rest[0].first, rest[-1].last_line, sum(each.record_count for each in rest)),
+    ]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Portion:
     """What a pass works on. It stays in the feed until the pass says that it is handled."""
@@ -40,7 +66,7 @@ class Portion:
     events: list[EventEnvelope]
     folded: int
     """How many further events were between them."""
-    skipped: list[SkippedRecord]
+    malformed: list[Malformed]
     end: int
     """The line up to which it is everything."""
     log: int
@@ -58,6 +84,7 @@ class Feed:
 
     def __init__(self) -> None:
         self._batches: deque[EventBatch] = deque()
+        self._malformed: list[Malformed] = []
         self._received = 0
         self._handled = 0
         self._log = 0
@@ -78,18 +105,22 @@ class Feed:
 
     def put(self, batch: EventBatch) -> None:
         """Adds what the stream has brought."""
-        if batch.events or batch.skipped:
+        if batch.events:
             self._batches.append(batch)
             self._kept += len(batch.events)
             if self._kept > 2 * MOST_EVENTS:
                 self._fold()
+        self._malformed += malformed(batch.skipped)
+        if len(self._malformed) > 3 * MOST_RECORDS:
+            before = [each for each in self._malformed if each.last_line <= self._split]
+            self._malformed = fold_malformed(before) + fold_malformed(self._malformed[len(before) :])
         self._received = batch.cursor["eventLineCount" if batch.caught_up else "eventLineOffset"]
         self._more.set()
 
     def start_over(self, error: OpsError) -> None:
         """The log is another one, as `error` says: what is not handled of the old one is gone, the new one follows."""
         self._batches.clear()
-        self._kept, self._folded = 0, []
+        self._kept, self._folded, self._malformed = 0, [], []
         self._received = self._handled = self._split = 0
         self._log += 1
         self.lost = error
@@ -115,7 +146,7 @@ class Feed:
         return Portion(
             events=[event for batch in self._batches for event in batch.events if begin < _line(event) <= end],
             folded=sum(count for _, last, count in self._folded if begin < last <= end),
-            skipped=[record for batch in self._batches for record in batch.skipped if begin < record.last_line <= end],
+            malformed=[each for each in self._malformed if begin < each.last_line <= end],
             end=end,
             log=self._log,
             is_whole=not any(first < line < last for first, last, _ in self._folded for line in (begin, end)),
@@ -132,7 +163,8 @@ class Feed:
             self.is_overtaken = True
         self._handled, self.lost = portion.end, None
         self._folded = [(first, last, count) for first, last, count in self._folded if last > portion.end]
-        while self._batches and _last_line(self._batches[0]) <= portion.end:
+        self._malformed = [each for each in self._malformed if each.last_line > portion.end]
+        while self._batches and _line(self._batches[0].events[-1]) <= portion.end:
             self._kept -= len(self._batches.popleft().events)
 
     def _fold(self) -> None:
@@ -147,14 +179,9 @@ class Feed:
             if count:
                 self._folded.append((_line(ends[0]), _line(ends[-1]), count))
             kept += ends
-        skipped = [record for batch in self._batches for record in batch.skipped]
-        self._batches = deque([replace(self._batches[-1], events=kept, skipped=skipped)])
+        self._batches = deque([replace(self._batches[-1], events=kept, skipped=[])] if kept else [])
         self._kept = len(kept)
 
 
 def _line(event: EventEnvelope) -> int:
     return event["cursor"]["eventLineOffset"]
-
-
-def _last_line(batch: EventBatch) -> int:
-    return max([record.last_line for record in batch.skipped] + [_line(event) for event in batch.events], default=0)

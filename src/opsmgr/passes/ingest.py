@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsmgr.cursors import Position
 from opsmgr.errors import NoAnswer
-from opsmgr.passes.feed import fold
+from opsmgr.passes.feed import fold, fold_malformed, malformed
 from opsmgr.passes.thresholds import BALANCED
 from opsmgr.subscription import subscribe
 from sprite_agent.contract.streaming import EventQuery
@@ -16,11 +16,10 @@ from sprite_agent.errors import ContractError, HistoryRewritten, LogReplaced, Lo
 
 if TYPE_CHECKING:
     from opsmgr.agent_memory import AgentMemory, Escalation
-    from opsmgr.passes.feed import Feed, Portion
+    from opsmgr.passes.feed import Feed, Malformed, Portion
     from opsmgr.passes.thresholds import Thresholds
     from opsmgr.transport.base import Snapshot, Transport
     from sprite_agent.contract.envelopes import EventEnvelope
-    from sprite_agent.contract.streaming import SkippedRecord
     from sprite_agent.errors import OpsError
 
 FEED_PATIENCE = 2.0
@@ -62,8 +61,8 @@ class Pass:
     retries: int = 0
     """What the transport had tried again before, and waited for that, in seconds."""
     waited_seconds: float = 0.0
-    skipped: list[SkippedRecord] = field(default_factory=list)
-    """Records that were passed over."""
+    malformed: list[Malformed] = field(default_factory=list)
+    """Records that were passed over; of many, all but the first together."""
     portion: Portion | None = None
     """What of the feed is handled once this is written."""
     previous: dict[str, Any] | None = None
@@ -105,7 +104,7 @@ async def ingest(transport: Transport, options: ReconcileOptions, done: Pass, fe
     except (LogReplaced, LogTruncated, HistoryRewritten) as error:
         done.lost = error
         done.events, done.folded = [], 0
-        done.skipped.clear()
+        done.malformed.clear()
         done.after = Position()
         await _read_events(transport, options, done, done.snapshot, skip_malformed=skip)
 
@@ -137,7 +136,7 @@ async def _take(feed: Feed, done: Pass, snapshot: Snapshot, received: int) -> bo
         return False
     done.events += done.portion.events
     done.folded += done.portion.folded
-    done.skipped += done.portion.skipped
+    done.malformed = fold_malformed(done.malformed + done.portion.malformed)
     done.after = _at_snapshot(done, snapshot, end)
     return True
 
@@ -159,7 +158,8 @@ async def _read_events(
             within = [event for event in batch.events if event["cursor"]["eventLineOffset"] <= end]
             done.events, folded = fold(done.events + within)
             done.folded += folded
-            done.skipped += [record for record in batch.skipped if record.last_line <= end]
+            records = [record for record in batch.skipped if record.last_line <= end]
+            done.malformed = fold_malformed(done.malformed + malformed(records))
             if len(within) < len(batch.events) or any(record.last_line > end for record in batch.skipped):
                 done.after = _at_snapshot(done, snapshot, end)
                 return
