@@ -44,6 +44,7 @@ from sprite_agent.errors import (
 from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
+from support.certificates import Authority, put
 from support.repos import LOOP, MOMENT, event, line
 from support.runtime import LOOKS_ONCE, SKIPS, executions, request
 from support.waiting import DEADLINE
@@ -186,6 +187,21 @@ async def test_where_nothing_listens_nothing_was_sent_after_as_many_tries_as_all
     assert caught.value.details == {"target": f"unix:{tmp_path}/none.sock", "grpcStatus": "UNAVAILABLE"}
     if method != "StreamEvents":  # which subscribe() tries again, from where it stands
         assert (transport.attempts.retries, list(transport.attempts.codes)) == (2, ["NOT_REACHED", "NOT_REACHED"])
+
+
+async def test_a_name_that_leads_nowhere_is_looked_up_anew_by_each_try_and_nothing_was_sent(tmp_path: Path) -> None:
+    credentials = Credentials(token=TOKEN, tls_ca=put(tmp_path / "ca.pem", Authority().pem))
+    transport = SpriteServiceTransport("no-such-name.invalid:7443", credentials=credentials, policy=QUICK)
+    channels = set()
+    try:
+        for _ in range(3):
+            channels.add(transport._channel)  # noqa: SLF001  # it keeps what it was told of the name for minutes
+            with pytest.raises(NotReached):
+                await asyncio.wait_for(transport.info(), DEADLINE)
+    finally:
+        await transport.close()
+
+    assert len(channels) == 3
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "grpc_proxy", "https_proxy"])

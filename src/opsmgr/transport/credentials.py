@@ -86,7 +86,12 @@ class Credentials:
     @staticmethod
     def was_connected(text: str) -> bool:
         """Whether `text`, gRPC's own of a failure, leaves open that something was sent."""
-        return not any(part in text for part in (_NOT_CONNECTED, *_NOT_FOUND))
+        return _NOT_CONNECTED not in text and not Credentials.was_unknown(text)
+
+    @staticmethod
+    def was_unknown(text: str) -> bool:
+        """Whether `text` says that the target's name led nowhere."""
+        return any(part in text for part in _NOT_FOUND)
 
     def explain(self, text: str) -> str | None:
         """What gRPC means by `text` where it could not connect; None: it says so itself."""

@@ -227,10 +227,14 @@ class SpriteServiceTransport:
                 files = found.read_tls(self._target)
                 self._credentials = found
                 if files != self._tls:
-                    # Streams go on over the old channel until they end; they live an hour at most.
-                    self._retired.append(asyncio.ensure_future(self._channel.close(RETIREMENT)))
-                    self._open(files)
+                    self._reopen(files)
         return self._credentials
+
+    def _reopen(self, tls: TlsFiles | None) -> None:
+        """Another channel for what is asked from now on. Streams go on over the old one; they live an hour at most."""
+        self._retired = [closing for closing in self._retired if not closing.done()]
+        self._retired.append(asyncio.ensure_future(self._channel.close(RETIREMENT)))
+        self._open(tls)
 
     def _open(self, tls: TlsFiles | None) -> None:
         self._tls = tls
@@ -314,6 +318,8 @@ class SpriteServiceTransport:
             meaning = self._credentials.explain(said)
             told = said if meaning is None else f"{meaning} ({said})"
             message = f"no answer from {self._target}: {told}"
+            if self._credentials.was_unknown(said) and not self._is_closed:
+                self._reopen(self._tls)  # else gRPC would not look the name up again for up to two minutes
             if self._credentials.was_connected(said):
                 no_answer = NoAnswer(message, details=details)
             else:
