@@ -8,7 +8,6 @@ from sprite_agent.contract.json_text import member
 
 if TYPE_CHECKING:
     from opsmgr.agent_memory import Escalation
-    from opsmgr.passes.feed import Malformed
     from opsmgr.passes.ingest import Pass
 
 
@@ -24,7 +23,19 @@ def find_escalations(
     if done.state is not None:
         if done.lost is not None:
             found.append((done.lost.reason.lower(), {"message": str(done.lost), **done.lost.details}))
-        found += [("event_malformed", _told(each)) for each in done.malformed]
+        found += [
+            (
+                "event_malformed",
+                {
+                    "firstLine": each.first.first_line,
+                    "lastLine": each.last_line,
+                    "reason": each.first.reason,
+                    "excerpt": each.first.excerpt,
+                    **({"records": each.record_count} if each.record_count > 1 else {}),
+                },
+            )
+            for each in done.malformed
+        ]
         if done.state["divergence"]["any"]:
             found.append(
                 ("divergence_detected", {"flags": done.state["divergence"]["flags"], "cursor": done.state["cursor"]})
@@ -35,13 +46,3 @@ def find_escalations(
     if changed and health["status"] != "healthy":
         found.append((f"health_{health['status']}", {"reasons": health["reasons"]}))
     return found
-
-
-def _told(found: Malformed) -> dict[str, Any]:
-    return {
-        "firstLine": found.first.first_line,
-        "lastLine": found.last_line,
-        "reason": found.first.reason,
-        "excerpt": found.first.excerpt,
-        **({"records": found.record_count} if found.record_count > 1 else {}),
-    }
