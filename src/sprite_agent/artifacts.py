@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from sprite_agent.contract import json_text
 from sprite_agent.contract.loop_ids import LOOP_ID, check_loop_id
-from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, ContractError, LoopNotFound
+from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, ContractError, LoopNotFound, SystemExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from sprite_agent.contract.envelopes import ArtifactRef
     from sprite_agent.contract.json_text import OpenObject
+    from sprite_agent.errors import OpsError
 
 LOOPS = ".superloop/loops"
 STATE = ".superloop/state.json"
@@ -290,12 +291,15 @@ class ArtifactFiles:
             "mtimeEpoch": status.st_mtime_ns // 10**9,  # as a float it could be the next second
         }
 
-    def _refused(self, path: str, error: OSError) -> ArtifactNotRegular | ArtifactMalformed:
+    def _refused(self, path: str, error: OSError) -> OpsError:
         if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.ENXIO}:
             return ArtifactNotRegular(
                 f"{self.repo / path} is reached through a link or is no regular file", details={"path": path}
             )
-        return ArtifactMalformed(f"{self.repo / path} can't be read: {error.strerror}", details={"path": path})
+        fault = f"{self.repo / path} can't be read: {error.strerror}"
+        if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+            return SystemExhausted(fault, retry_after=1.0)
+        return ArtifactMalformed(fault, details={"path": path})
 
 
 class _KeptFolders(ArtifactFiles):

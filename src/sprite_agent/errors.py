@@ -22,7 +22,8 @@ OpsError
 │                                APPROVAL_CHANGED, LOOP_NOT_ACTIVE, REQUEST_TOO_OLD, RUNTIME_MISSING,
 │                                RUNTIME_UNTRUSTED, JOURNAL_CORRUPT, ARTIFACT_NOT_REGULAR
 ├── NotNow                       the answer is no for the moment, nothing was run; the same request may do better
-│   │                            UNAVAILABLE: CONTROL_BUSY, DRAINING, JOURNAL_UNAVAILABLE, STARTING, NOT_EXECUTED
+│   │                            UNAVAILABLE: CONTROL_BUSY, DRAINING, JOURNAL_UNAVAILABLE, STARTING,
+│   │                            SYSTEM_EXHAUSTED, NOT_EXECUTED
 │   └── LimitReached             RESOURCE_EXHAUSTED: STREAM_LIMIT, RATE_LIMITED
 └── InternalError                INTERNAL: INTERNAL_ERROR, a bug of the agent's; what was run is unknown
 
@@ -448,6 +449,12 @@ class Starting(NotNow):
     """The agent has just started and is still finding out how the last controls came out."""
 
     reason = "STARTING"
+
+
+class SystemExhausted(NotNow):
+    """The system gives the agent no more descriptors or memory: it is no fault of what was to be read."""
+
+    reason = "SYSTEM_EXHAUSTED"
 
 
 class NotExecuted(NotNow):

@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import os
+import resource
 import shutil
 import sqlite3
 import time
@@ -252,6 +253,18 @@ async def _(world: World) -> OpsError:
     world.repo.state.write_text("{")
     async with world.serving() as stub:
         return await world.snapshot(stub)
+
+
+@provokes("SYSTEM_EXHAUSTED")
+async def _(world: World) -> OpsError:
+    async with world.serving() as stub:
+        await world.token_of_all(stub)  # it is connected
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        try:
+            return await world.snapshot(stub)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @provokes("ARTIFACT_NOT_REGULAR")

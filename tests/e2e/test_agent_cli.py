@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from sprite_agent.errors import Draining
 from sprite_agent.face import server
 from sprite_agent.face.credential_text import token_line
 from sprite_agent.face.credentials import new_token
-from sprite_agent.face.server import SERVICE_NAME
+from sprite_agent.face.server import DESCRIPTORS, SERVICE_NAME
 from support.certificates import Authority, put
 from support.following import Follower
 from support.repos import LOOP, event, line
@@ -102,6 +103,19 @@ async def test_other_names_of_loopback_do_as_well(start_agent: Start, listen: st
     assert (await transport.info()).agent_version == __version__
 
     await transport.close()
+
+
+def test_it_gives_itself_the_descriptors_that_it_may_have(start_agent: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        program = start_agent("--listen", "127.0.0.1:0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    program.address()
+
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    assert resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE) == (wanted, hard)
 
 
 async def test_a_unix_socket_is_for_its_owner_only(start_agent: Start, tmp_path: Path) -> None:
@@ -287,7 +301,8 @@ def test_a_state_folder_that_cannot_be_written_is_refused_and_says_what_to_do(
 def test_a_repo_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ended = called("serve", "--repo", str(tmp_path / "none"), "--listen", "127.0.0.1:0", "--insecure")
 
-    assert (ended.returncode, ended.stderr) == (1, f"Error: no folder at {tmp_path / 'none'}\n")
+    assert ended.returncode == 1
+    assert ended.stderr == f"Error: no folder at {tmp_path / 'none'}, or none that this user may look at\n"
 
 
 # Who may be let in, and where.

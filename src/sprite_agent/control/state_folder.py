@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -121,9 +122,11 @@ class StateFolder:
         except BlockingIOError:
             raise
         except OSError as error:
+            advice = f"let uid {os.geteuid()} write there, or give another --state-dir"
+            if error.errno in {errno.EMFILE, errno.ENFILE}:
+                advice = "try again"
             raise JournalUnavailable(
-                f"state folder {self.path} can't be written: {error.strerror};"
-                f" let uid {os.geteuid()} write there, or give another --state-dir"
+                f"state folder {self.path} can't be written: {error.strerror}; {advice}"
             ) from error
 
 

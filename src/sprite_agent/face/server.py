@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import sys
 import time
@@ -65,6 +66,8 @@ LAST_GRACE = 0.5
 CALLS_BESIDE_STREAMS = 64
 """Calls a connection may have open beside its streams, those that follow and as many that end: without room for them, a
 caller that has all its streams on one connection could not even cancel a loop."""
+DESCRIPTORS = 65_536
+"""As many as deploy/sprite-agent.service gives."""
 INSECURE_REMINDER = 60.0
 """Seconds between two warnings that nobody has to prove who they are."""
 
@@ -98,6 +101,7 @@ async def serve(config: ServeConfig) -> None:
     Raises:
         ServeError: it could not start.
     """
+    _allow_descriptors()
     sys.setswitchinterval(SWITCH_INTERVAL)
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     gc.freeze()  # what was imported stays
@@ -118,6 +122,14 @@ async def serve(config: ServeConfig) -> None:
         await stop.wait()
         _log.info("draining")
     _log.info("stopped")
+
+
+def _allow_descriptors() -> None:
+    """As many as it may have: strangers hold connections, and a shell's thousand would be gone with them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextlib.asynccontextmanager

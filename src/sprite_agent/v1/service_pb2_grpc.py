@@ -127,8 +127,9 @@ class SpriteAgentServiceServicer:
         NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
         DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
         re-reading a file that was being rewritten. A torn last line of the log is not a
-        line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
-        being read for the first time.
+        line yet and no error. UNAVAILABLE, try again: a very large log is still being read for
+        the first time (STARTING), or the system has no descriptors or memory left for the agent
+        (SYSTEM_EXHAUSTED; so of every call that reads).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -67,8 +67,9 @@ class SpriteAgentServiceStub:
     NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
     DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
     re-reading a file that was being rewritten. A torn last line of the log is not a
-    line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
-    being read for the first time.
+    line yet and no error. UNAVAILABLE, try again: a very large log is still being read for
+    the first time (STARTING), or the system has no descriptors or memory left for the agent
+    (SYSTEM_EXHAUSTED; so of every call that reads).
     """
     StreamEvents: _grpc.UnaryStreamMultiCallable[_service_pb2.StreamEventsRequest, _service_pb2.StreamEventsResponse]
     """Streams the events after a position in batches, to the end of the log or beyond it.
@@ -156,8 +157,9 @@ class SpriteAgentServiceAsyncStub(SpriteAgentServiceStub):
     NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
     DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
     re-reading a file that was being rewritten. A torn last line of the log is not a
-    line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
-    being read for the first time.
+    line yet and no error. UNAVAILABLE, try again: a very large log is still being read for
+    the first time (STARTING), or the system has no descriptors or memory left for the agent
+    (SYSTEM_EXHAUSTED; so of every call that reads).
     """
     StreamEvents: _aio.UnaryStreamMultiCallable[_service_pb2.StreamEventsRequest, _service_pb2.StreamEventsResponse]  # type: ignore[assignment]
     """Streams the events after a position in batches, to the end of the log or beyond it.
@@ -254,8 +256,9 @@ class SpriteAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
         DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
         re-reading a file that was being rewritten. A torn last line of the log is not a
-        line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
-        being read for the first time.
+        line yet and no error. UNAVAILABLE, try again: a very large log is still being read for
+        the first time (STARTING), or the system has no descriptors or memory left for the agent
+        (SYSTEM_EXHAUSTED; so of every call that reads).
         """
 
     @_abc_1.abstractmethod
