@@ -11,7 +11,7 @@ from sprite_agent.artifacts import ACTIVE_RUN, MAX_DOCUMENT_BYTES, MAX_SUMMARY_B
 from sprite_agent.contract import clock, json_text
 from sprite_agent.contract.envelopes import GATES
 from sprite_agent.contract.events import SEQUENCE_SOURCE, absent_if_empty, event_name, whole_number
-from sprite_agent.contract.json_text import member
+from sprite_agent.contract.json_text import OpenObject, member
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import ArtifactMalformed, ContractError, EventMalformed
 from sprite_agent.event_log.records import judged
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from sprite_agent.artifacts import ArtifactFiles, Document, LoopPaths
     from sprite_agent.contract.agent_state import Finding
     from sprite_agent.contract.envelopes import SnapshotEnvelope
-    from sprite_agent.contract.json_text import OpenObject
     from sprite_agent.event_log.index import LogView
+
+MAX_SNAPSHOT_BYTES = 3_500_000
+"""Of the texts in a snapshot: with what they take beside it on the wire, it fits a message of 4 MiB."""
+_MOST_PLACES = 3
+"""In which a text of an artifact can stand: gates, say, in the summary and by themselves."""
 
 _decode_entries = json_text.member_decoder("entries").decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -38,6 +42,13 @@ class LoopArtifacts:
     active_run: Document
     approval: Document
     heartbeat: Document
+
+    @property
+    def size(self) -> int:
+        """Bytes of everything that a snapshot can have a text from."""
+        documents = (self.run_summary, self.state, self.active_run, self.approval, self.heartbeat)
+        record = self.log.last_record
+        return sum(document.ref["sizeBytes"] for document in documents) + (0 if record is None else len(record.text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +95,7 @@ def build_snapshot(
 
     Raises:
         EventMalformed: the last complete record of the log is no JSON object.
-        ArtifactMalformed: an artifact's content leads to what the schema refuses.
+        ArtifactMalformed: an artifact's content leads to what the schema refuses, or to more than a message can carry.
     """
     event = _last_event(found.log)
     summary = _latest_entry(found.run_summary)
@@ -136,7 +147,21 @@ def build_snapshot(
         raise ArtifactMalformed(
             f"the artifacts of loop {loop_id} do not make a valid snapshot: {error}", details={"path": error.path}
         ) from error
+    if found.size * _MOST_PLACES > MAX_SNAPSHOT_BYTES and (size := _size(envelope)) > MAX_SNAPSHOT_BYTES:
+        raise ArtifactMalformed(
+            f"the artifacts of loop {loop_id} make a snapshot of {size} bytes, more than {MAX_SNAPSHOT_BYTES}",
+            details={"size": size},
+        )
     return LoopReading(snapshot=envelope, resume_token=str(found.log.token), last_event=event)
+
+
+def _size(value: Any) -> int:
+    """Bytes of all the texts in a value, about."""
+    if isinstance(value, OpenObject):
+        return len(value.text.encode())
+    if isinstance(value, dict):
+        return sum(_size(key) + _size(item) for key, item in value.items())
+    return len(value.encode()) if isinstance(value, str) else 0
 
 
 def _last_event(log: LogView) -> dict[str, Any] | None:

@@ -17,10 +17,12 @@ from opsmgr.transport.sprite_service import SpriteServiceTransport
 from sprite_agent import __version__
 from sprite_agent.artifacts import MAX_DOCUMENT_BYTES
 from sprite_agent.contract import json_text
+from sprite_agent.contract.envelopes import GATES
 from sprite_agent.contract.json_text import OpenObject
 from sprite_agent.contract.streaming import EventQuery
 from sprite_agent.contract.validation import validate
 from sprite_agent.errors import (
+    ArtifactMalformed,
     ControlBusy,
     ControlNotFound,
     CursorBeyondEnd,
@@ -35,6 +37,7 @@ from sprite_agent.errors import (
     RuntimeMissing,
 )
 from sprite_agent.face.server import running
+from sprite_agent.snapshot import MAX_SNAPSHOT_BYTES
 from support.following import Follower
 from support.repos import LOOP, MOMENT, STANDIN, event, line, lines, put
 from support.runtime import LOOKS_ONCE, SKIPS, WAITS, executions, request, run, turn
@@ -935,3 +938,27 @@ async def test_what_the_journal_makes_of_refusals_is_nothing(transport: Transpor
 
     with pytest.raises(ControlNotFound):
         await transport.get_control(LOOP, "key-1")
+
+
+@pytest.mark.parametrize("size", [3_400_000, 3_600_000, 6_000_000])
+async def test_a_snapshot_that_no_message_can_carry_is_refused_as_malformed(
+    transport: Transport, repo: LoopFiles, size: int
+) -> None:
+    repo.append(line(event()))
+    repo.summarize({"run_id": "run-1"}, updated_at="x" * size)
+
+    if size < MAX_SNAPSHOT_BYTES:
+        assert (await transport.snapshot(LOOP)).envelope["health"]["lastSummaryAt"] == "x" * size
+    else:
+        with pytest.raises(ArtifactMalformed, match=f"more than {MAX_SNAPSHOT_BYTES}"):
+            await transport.snapshot(LOOP)
+
+
+async def test_a_snapshot_of_the_largest_documents_is_answered(transport: Transport, repo: LoopFiles) -> None:
+    gates = dict.fromkeys((*GATES, *map(str, range(40_000))), "")
+    repo.append(line(event()))
+    repo.summarize({"gates": gates})
+    for path in (repo.state, repo.active_run, repo.heartbeat, repo.approval):
+        put(path, b"{" + b" " * (MAX_DOCUMENT_BYTES - 2) + b"}")
+
+    assert (await transport.snapshot(LOOP)).envelope["health"]["gates"] == gates
