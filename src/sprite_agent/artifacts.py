@@ -12,6 +12,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import heapq
 import os
 import stat
 import time
@@ -42,6 +43,9 @@ MAX_MARKS = 250_000
 """Commas and opening brackets of a document: nearly as many values it may have, each of which takes some hundred bytes
 once it is parsed, and the whole process waits meanwhile. The runtime's documents have one in forty bytes.
 """
+
+MAX_LOOPS = 50_000
+"""So many ids fit a message."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _REPO = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -229,16 +233,16 @@ class ArtifactFiles:
         return paths
 
     def loops(self) -> list[str]:
-        """Ids of the loops that have an artifact folder, sorted."""
+        """Ids of the loops that have an artifact folder, sorted; of more than `MAX_LOOPS` the first."""
         folder = self.open_folder(LOOPS)
         if folder is None:
             return []
         try:
             with os.scandir(folder) as entries:
-                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+                names = (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+                return heapq.nsmallest(MAX_LOOPS, filter(LOOP_ID.fullmatch, names))
         finally:
             os.close(folder)
-        return sorted(name for name in names if LOOP_ID.fullmatch(name))
 
     def read_document(self, path: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Document:
         """The JSON object in the file at `path`, of at most `limit` bytes.

@@ -14,8 +14,8 @@ import pytest
 
 from opsmgr.transport.local import LocalTransport
 from opsmgr.transport.sprite_service import SpriteServiceTransport
-from sprite_agent import __version__
-from sprite_agent.artifacts import MAX_DOCUMENT_BYTES
+from sprite_agent import __version__, artifacts
+from sprite_agent.artifacts import MAX_DOCUMENT_BYTES, MAX_LOOPS
 from sprite_agent.contract import json_text
 from sprite_agent.contract.envelopes import GATES
 from sprite_agent.contract.json_text import OpenObject
@@ -962,3 +962,14 @@ async def test_a_snapshot_of_the_largest_documents_is_answered(transport: Transp
         put(path, b"{" + b" " * (MAX_DOCUMENT_BYTES - 2) + b"}")
 
     assert (await transport.snapshot(LOOP)).envelope["health"]["gates"] == gates
+
+
+async def test_of_more_loops_than_a_message_can_carry_the_first_are_told(
+    transport: Transport, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert MAX_LOOPS * (64 + 3) < 4 * 1024 * 1024 - 64 * 1024  # ids of the longest, each with its tag and its length
+    monkeypatch.setattr(artifacts, "MAX_LOOPS", 3)
+    for name in ("e", "b", "a", "c"):
+        (repo.folder.parent / name).mkdir()
+
+    assert (await transport.info()).loops == ["a", "b", "c"]

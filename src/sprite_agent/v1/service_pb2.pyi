@@ -105,7 +105,7 @@ class GetInfoResponse(_message.Message):
 
     @_builtins.property
     def loops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Loops that have an artifact folder, sorted."""
+        """Loops that have an artifact folder, sorted; of more than 50,000 the first."""
 
     @_builtins.property
     def limits(self) -> Global___Limits:
