@@ -590,6 +590,7 @@ STREAM_FAILURES: list[Any] = [
     pytest.param({"resume_token": "\udcff"}, "RESUME_TOKEN_INVALID", id="token that is no text"),
     pytest.param({"resume_token": f"r1.{'0' * 16}.1.5.{'0' * 32}"}, "LOG_REPLACED", id="token of another log"),
     pytest.param({"max_events": -1}, "REQUEST_INVALID", id="less than no events"),
+    pytest.param({"trace_id": "x" * 8_193}, "REQUEST_INVALID", id="long trace id"),
     pytest.param({"heartbeat_interval": 0.0}, "REQUEST_INVALID", id="no heartbeat"),
     pytest.param({"heartbeat_interval": 61.0}, "REQUEST_INVALID", id="slow heartbeat"),
     pytest.param({"heartbeat_interval": float("inf")}, "REQUEST_INVALID", id="heartbeat never"),

@@ -18,11 +18,13 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sprite_agent import __version__, logs
 from sprite_agent.contract import control_mirror, mirror
+from sprite_agent.contract.streaming import MAX_TRACE_BYTES
 from sprite_agent.contract.validation import validate
 from sprite_agent.control.engine import MAX_CONTROLS
 from sprite_agent.control.journal import RETENTION_SECONDS
 from sprite_agent.errors import LoopNotFound
 from sprite_agent.event_log.index import LogIndex
+from sprite_agent.event_log.newest import MAX_BATCH_EVENTS
 from sprite_agent.face.server import running
 from sprite_agent.face.service import MAX_REQUEST_BYTES, Identity, SpriteAgentService
 from sprite_agent.repo import Repo
@@ -337,6 +339,17 @@ async def test_a_trace_id_that_is_no_trailer_does_not_spoil_the_answer(ask: Ask,
 
     assert (answer.code, answer.message) == (grpc.StatusCode.OK, "")
     assert mirror.snapshot_from_message(answer.response.snapshot)["traceId"] == trace_id
+
+
+async def test_a_full_batch_of_events_with_the_longest_trace_id_fits_a_message(
+    stub: Stub, agent: Agent, repo: LoopFiles
+) -> None:
+    repo.append(b"".join(line(event(message="x" * 200)) for _ in range(MAX_BATCH_EVENTS)))
+
+    batches, ended = await stream(stub, agent, trace_id="t" * MAX_TRACE_BYTES)
+
+    assert ended.code == grpc.StatusCode.OK
+    assert len(batches[0].events) == MAX_BATCH_EVENTS
 
 
 async def test_a_call_leaves_one_log_line_without_its_payload(ask: Ask, repo: LoopFiles) -> None:

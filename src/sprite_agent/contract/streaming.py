@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 DEFAULT_HEARTBEAT = 10.0
 """How long a following stream may be silent, in seconds."""
 HEARTBEAT_RANGE = (0.1, 60.0)
+MAX_TRACE_BYTES = 8 * 1024
+"""Of a stream's trace id: each of the events of a batch may bear it, and all of them have to fit a message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,11 @@ def check_query(query: EventQuery) -> None:
         raise ResumeTokenInvalid(
             f"{query.resume_token[:80]!a} is not a resume token; leave it out to start from the first line",
             violations=[("resume_token", "not a token that an agent made")],
+        )
+    if len((query.trace_id or "").encode()) > MAX_TRACE_BYTES:
+        raise RequestInvalid(
+            f"the trace id of a stream may have {MAX_TRACE_BYTES} bytes; every event bears it",
+            violations=[("trace_id", f"longer than {MAX_TRACE_BYTES} bytes")],
         )
     if query.max_events < 0:
         raise RequestInvalid(

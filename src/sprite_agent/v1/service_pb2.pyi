@@ -379,7 +379,7 @@ class StreamEventsRequest(_message.Message):
     skip_malformed: _builtins.bool
     """Report malformed records in skipped and go on, instead of ending the stream."""
     trace_id: _builtins.str
-    """Passed on into the envelopes; unset: null there."""
+    """Passed on into the envelopes, so of 8,192 bytes at most; unset: null there."""
     raw_events: _builtins.bool
     """Send events as the records they follow from (raw_events instead of events): less
     than half of the bytes, a fraction of the work. For programs that have the
