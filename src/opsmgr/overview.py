@@ -146,12 +146,13 @@ def worst_first(rows: Iterable[Row]) -> list[Row]:
 def last_records(path: Path, count: int) -> list[dict[str, Any]]:
     """The last records of a log of ours and of those before it, oldest first; lines that can't be read are left out."""
     found: list[dict[str, Any]] = []
-    for log in reversed(files.logs(path)):
-        for line in reversed(log.read_bytes().split(b"\n")):
-            if len(found) == count:
-                return found[::-1]
-            if line.strip():
-                with contextlib.suppress(ContractError):
-                    record = json_text.parse(line, max_depth=json_text.DOCUMENT_DEPTH)
-                    found += [record] if isinstance(record, dict) else []
+    with files.unrotated(path):
+        for log in reversed(files.logs(path)):
+            for line in reversed(log.read_bytes().split(b"\n")):
+                if len(found) == count:
+                    return found[::-1]
+                if line.strip():
+                    with contextlib.suppress(ContractError):
+                        record = json_text.parse(line, max_depth=json_text.DOCUMENT_DEPTH)
+                        found += [record] if isinstance(record, dict) else []
     return found[::-1]

@@ -195,6 +195,23 @@ def append(path: Path, document: dict[str, Any], *, rotate_bytes: int = ROTATE_B
         raise InputInvalid(f"{path} can't be written: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def unrotated(path: Path) -> Iterator[None]:
+    """Nobody rotates a log while the block runs; who wants to add to it waits.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):  # then there is nothing to rotate
+            is_it = False
+            while not is_it:
+                log = stack.enter_context(path.open("rb"))
+                fcntl.flock(log, fcntl.LOCK_SH)
+                is_it = os.path.samestat(os.fstat(log.fileno()), path.stat())  # else it was rotated away just then
+        yield
+
+
 def logs(path: Path) -> list[Path]:
     """The files of a log that are there, oldest first."""
     return [log for log in (*(_before(path, age) for age in range(KEPT, 0, -1)), path) if log.exists()]

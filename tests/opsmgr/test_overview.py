@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from support.repos import LOOP
 from support.waiting import DEADLINE
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from support.repos import LoopFiles
 
 Json = dict[str, Any]
@@ -167,6 +170,29 @@ def test_the_last_records_go_on_into_the_logs_of_before(tmp_path: Path) -> None:
     assert len(store.logs(log)) > 1  # it has rotated
 
     assert [record["number"] for record in overview.last_records(log, 5)] == [2, 3, 4, 5, 6]
+
+
+def test_no_record_is_missed_or_told_twice_where_the_log_is_rotated_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "escalations.jsonl"
+    for number in range(3):
+        store.append(log, {"number": number}, rotate_bytes=1)
+    listed = store.logs
+    appending: list[Future[None]] = []
+    with ThreadPoolExecutor() as pool:
+
+        def then_appended(path: Path) -> list[Path]:
+            found = listed(path)
+            appending.append(pool.submit(store.append, log, {"number": 3}, rotate_bytes=1))
+            wait(appending, timeout=0.2)  # it waits in turn; without that it would have rotated by now
+            return found
+
+        monkeypatch.setattr(store, "logs", then_appended)
+        found = overview.last_records(log, 10)
+
+    assert [record["number"] for record in found] == [0, 1, 2]
+    assert [each.exception() for each in appending] == [None]
 
 
 def test_a_torn_record_hides_none_of_the_others(tmp_path: Path) -> None:
