@@ -139,6 +139,8 @@ def test_comments_and_empty_lines_say_nothing() -> None:
         (f"a {DIGEST} read s3cret", "ends in something else than until=TIME"),
         (f"a {DIGEST} read until=s3cret", "ends in something else than until=TIME"),
         (f"a {DIGEST} read until=2027-01-15T08:00:00", "ends in something else than until=TIME"),
+        (f"a {DIGEST} read until=0001-01-01T00:00:00+14:00", "ends in something else than until=TIME"),
+        (f"a {DIGEST} read until=9999-12-31T23:59:59-14:00", "ends in something else than until=TIME"),
         (f"ok {DIGEST} control", "has the id of another: ok"),
     ],
 )

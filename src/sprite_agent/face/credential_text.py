@@ -189,7 +189,8 @@ def _end(word: str) -> float:
     name, _, text = word.partition("=")
     try:
         moment = datetime.fromisoformat(text) if name == "until" else None
-    except ValueError:
+        moment = moment if moment is None or moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):  # OverflowError: a year before the first, or after the last, in UTC
         moment = None
     if moment is None or moment.tzinfo is None:
         raise ValueError("ends in something else than until=TIME, as in until=2026-12-31T00:00:00Z")
