@@ -446,7 +446,7 @@ class JournalUnavailable(NotNow):
 
 
 class Starting(NotNow):
-    """The agent has just started and is still finding out how the last controls came out."""
+    """The agent still finds out how the last controls came out, or still reads the log."""
 
     reason = "STARTING"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,10 +90,11 @@ def events(
         )
         async with target.connected() as transport:
             repo_path = (await transport.info()).repo_path
-            async for batch in subscribe(counted(transport, line), query):
-                for event in batch.events:
-                    print_json(event, pretty=pretty)
-                at.save_after(batch, repo_path)
+            async with contextlib.aclosing(subscribe(counted(transport, line), query)) as batches:
+                async for batch in batches:
+                    for event in batch.events:
+                        print_json(event, pretty=pretty)
+                    at.save_after(batch, repo_path)
 
     with reported(json=json, trace_id=trace_id), progress(prints=True) as line:
         asyncio.run(run())
@@ -168,7 +170,7 @@ class _Watching:
             async with target.connected() as transport:
                 repo_path = (await transport.info()).repo_path if self.cursor_file else ""
                 replayed = counted(transport, line) if self.from_start and not self.names else transport
-                async for batch in follow(
+                followed = follow(
                     replayed,
                     target.loop,
                     start=start,
@@ -176,15 +178,19 @@ class _Watching:
                     max_events=self.max_events,
                     trace_id=self.trace_id,
                     begun=at.begin,
-                ):
-                    for event in batch.events:
-                        if self.people:
-                            click.echo(_readable(event, target.name if self.names else None))
-                        else:
-                            print_json(event)
-                    for record in batch.skipped:
-                        tell(f"line {record.first_line} of the log is malformed and was passed over: {record.reason}")
-                    at.save_after(batch, repo_path)
+                )
+                async with contextlib.aclosing(followed):
+                    async for batch in followed:
+                        for event in batch.events:
+                            if self.people:
+                                click.echo(_readable(event, target.name if self.names else None))
+                            else:
+                                print_json(event)
+                        for record in batch.skipped:
+                            tell(
+                                f"line {record.first_line} of the log is malformed and was passed over: {record.reason}"
+                            )
+                        at.save_after(batch, repo_path)
 
     async def all(self, targets: list[Target]) -> None:
         """Watches several loops, each on its own.

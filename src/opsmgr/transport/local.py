@@ -42,7 +42,8 @@ class LocalTransport:
     async def info(self) -> AgentInfo:
         """See `base.Transport`."""
         self.journal = await asyncio.to_thread(self._repo.journal_head)
-        return AgentInfo(agent_version=__version__, repo_path=str(self._repo.path), loops=self._repo.loops())
+        loops = await asyncio.to_thread(self._repo.loops)
+        return AgentInfo(agent_version=__version__, repo_path=str(self._repo.path), loops=loops)
 
     async def snapshot(self, loop_id: str, *, trace_id: str | None = None, run_id: str | None = None) -> Snapshot:
         """See `base.Transport`."""
