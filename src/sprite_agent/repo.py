@@ -182,7 +182,7 @@ class Repo:
     def journal_head(self) -> JournalHead | None:
         """How far the journal has got; None: there is none yet, or it can't be read."""
         with contextlib.suppress(JournalCorrupt, JournalUnavailable):
-            if self.folder.journal.exists():
+            if self.folder.has_journal():
                 return self._engine.journal.head()
         return None
 
@@ -230,7 +230,7 @@ class Repo:
     def _findings(self, loop_id: str, approval: Any) -> tuple[Finding, ...]:
         """What an operator should look into; without a journal nobody can tell whose a decision is."""
         with contextlib.suppress(JournalCorrupt, JournalUnavailable):
-            if self.folder.journal.exists():
+            if self.folder.has_journal():
                 found = find_unattributed(loop_id, approval, self._engine.journal.find_execution)
                 return () if found is None else (found,)
         return ()

@@ -55,6 +55,10 @@ class StateFolder:
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise JournalUnavailable(f"state folder {self.path} is open to others; chmod 700 it")
 
+    def has_journal(self) -> bool:
+        """Whether there is a journal that this user may look at."""
+        return os.path.exists(self.journal)  # noqa: PTH110  # Path.exists() raises where it may not look
+
     def ensure_ballast(self) -> None:
         """Makes the ballast where it is missing.
 

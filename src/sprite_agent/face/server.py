@@ -218,7 +218,7 @@ def _credentials(config: ServeConfig) -> CredentialFiles:
 
 def _remember_replays(access: Access, repo: Repo) -> None:
     """What controls were signed with before a restart is not taken again after it."""
-    if repo.folder.journal.exists():
+    if repo.folder.has_journal():
         with contextlib.suppress(JournalCorrupt, JournalUnavailable):  # then no control is served either
             access.replays.prime(repo.nonces())
 

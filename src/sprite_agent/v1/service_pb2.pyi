@@ -448,8 +448,8 @@ class StreamEventsResponse(_message.Message):
 
     @_builtins.property
     def cursor(self) -> _envelopes_pb2.Cursor:
-        """event_line_offset: the line of the last event sent, on this stream or before its
-        position. event_line_count: the log's end when this batch was read; of a very large
+        """event_line_offset: the line of the last event sent on this stream; before the first,
+        that of the position it began at. event_line_count: the log's end when this batch was read; of a very large
         log that is being read for the first time, the end of what was read of it.
         """
 

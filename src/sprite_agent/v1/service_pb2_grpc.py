@@ -44,11 +44,16 @@ class SpriteAgentServiceStub:
     Who is known and may not: PERMISSION_DENIED (SCOPE_MISSING). Who asks for too much:
     RESOURCE_EXHAUSTED (STREAM_LIMIT, RATE_LIMITED) with the time to wait.
 
+    Of every call that reads a loop: NOT_FOUND (LOOP_NOT_FOUND), FAILED_PRECONDITION
+    (ARTIFACT_NOT_REGULAR: a link, or no file, where an artifact should be), and UNAVAILABLE
+    (SYSTEM_EXHAUSTED: the system has no descriptors or memory left for the agent).
+
     Errors carry google.rpc.ErrorInfo with a reason and the domain "sprite-agent", and
     google.rpc.BadRequest where fields are at fault. Every answer the agent makes has the
     trailers x-ops-executed (false, true or unknown: whether this attempt ran an intent),
     x-ops-error-id (on errors; find the agent's log line by it), x-ops-server-time and
-    x-ops-trace-id (where a trace id was given). An answer without them is not the agent's:
+    x-ops-trace-id (where a trace id was read, of at most 256 printable ASCII characters). An
+    answer without them is not the agent's:
     what it did is unknown.
     """
 
@@ -104,11 +109,16 @@ class SpriteAgentServiceServicer:
     Who is known and may not: PERMISSION_DENIED (SCOPE_MISSING). Who asks for too much:
     RESOURCE_EXHAUSTED (STREAM_LIMIT, RATE_LIMITED) with the time to wait.
 
+    Of every call that reads a loop: NOT_FOUND (LOOP_NOT_FOUND), FAILED_PRECONDITION
+    (ARTIFACT_NOT_REGULAR: a link, or no file, where an artifact should be), and UNAVAILABLE
+    (SYSTEM_EXHAUSTED: the system has no descriptors or memory left for the agent).
+
     Errors carry google.rpc.ErrorInfo with a reason and the domain "sprite-agent", and
     google.rpc.BadRequest where fields are at fault. Every answer the agent makes has the
     trailers x-ops-executed (false, true or unknown: whether this attempt ran an intent),
     x-ops-error-id (on errors; find the agent's log line by it), x-ops-server-time and
-    x-ops-trace-id (where a trace id was given). An answer without them is not the agent's:
+    x-ops-trace-id (where a trace id was read, of at most 256 printable ASCII characters). An
+    answer without them is not the agent's:
     what it did is unknown.
     """
 
@@ -127,9 +137,8 @@ class SpriteAgentServiceServicer:
         NOT_FOUND (LOOP_NOT_FOUND, EVENTS_NOT_FOUND) where a required artifact is missing,
         DATA_LOSS (ARTIFACT_MALFORMED) where one can't be read as what it should be, after
         re-reading a file that was being rewritten. A torn last line of the log is not a
-        line yet and no error. UNAVAILABLE, try again: a very large log is still being read for
-        the first time (STARTING), or the system has no descriptors or memory left for the agent
-        (SYSTEM_EXHAUSTED; so of every call that reads).
+        line yet and no error. UNAVAILABLE (STARTING), try again: a very large log is still
+        being read for the first time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,7 +195,8 @@ class SpriteAgentServiceServicer:
 
     def GetControl(self, request, context):
         """Looks up what became of an idempotency key. Runs nothing. NOT_FOUND
-        (CONTROL_NOT_FOUND): the journal does not have the key, so nothing was run for it.
+        (CONTROL_NOT_FOUND): the journal does not have the key, so nothing was run for it in
+        the time that it keeps one (idempotency_retention).
         INVALID_ARGUMENT (LOOP_ID_INVALID) as for every call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -248,11 +258,16 @@ class SpriteAgentService:
     Who is known and may not: PERMISSION_DENIED (SCOPE_MISSING). Who asks for too much:
     RESOURCE_EXHAUSTED (STREAM_LIMIT, RATE_LIMITED) with the time to wait.
 
+    Of every call that reads a loop: NOT_FOUND (LOOP_NOT_FOUND), FAILED_PRECONDITION
+    (ARTIFACT_NOT_REGULAR: a link, or no file, where an artifact should be), and UNAVAILABLE
+    (SYSTEM_EXHAUSTED: the system has no descriptors or memory left for the agent).
+
     Errors carry google.rpc.ErrorInfo with a reason and the domain "sprite-agent", and
     google.rpc.BadRequest where fields are at fault. Every answer the agent makes has the
     trailers x-ops-executed (false, true or unknown: whether this attempt ran an intent),
     x-ops-error-id (on errors; find the agent's log line by it), x-ops-server-time and
-    x-ops-trace-id (where a trace id was given). An answer without them is not the agent's:
+    x-ops-trace-id (where a trace id was read, of at most 256 printable ASCII characters). An
+    answer without them is not the agent's:
     what it did is unknown.
     """
 
