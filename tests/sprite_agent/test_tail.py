@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import threading
+import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -144,25 +145,35 @@ async def test_followers_who_wait_look_at_nothing_and_hold_one_descriptor_betwee
         assert open_logs() == 1
 
 
-@pytest.mark.parametrize("intervals", [(0.1, 0.4), (0.4, 0.1)])
+@pytest.mark.parametrize("intervals", [(0.1, 0.4), (0.4, 0.1), (0.1, 60.0), (60.0, 0.1)])
 async def test_each_follower_of_a_tail_has_a_beat_of_its_own(
     repo: Repo, loop: LoopFiles, intervals: tuple[float, float]
 ) -> None:
+    """No sooner because somebody else's is quicker, and no later because it is slower."""
+    wanted = {0.1: 10, 0.4: 3, 60.0: 0}
     loop.append(numbered(1, 1))
+    over = asyncio.Event()
 
-    async def beats(interval: float) -> int:
+    async def beats(interval: float) -> tuple[float, int]:
+        """How long it took to get those wanted, and how many there were when the quicker one had all of its own."""
+        began = time.monotonic()
         async with follow(repo, heartbeat_interval=interval) as follower:
             await follower.until_lines(1)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.4):
-                    while True:
-                        await follower.next()
-            return len(follower.seen) - 1
+            for _ in range(wanted[interval]):
+                await follower.next()
+            took = time.monotonic() - began
+            if interval == min(intervals):
+                over.set()
+            waiting = asyncio.ensure_future(follower.next())
+            await over.wait()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            return took, len(follower.seen) - 1
 
     found = dict(zip(intervals, await asyncio.gather(*map(beats, intervals)), strict=True))
 
-    assert 2 <= found[0.4] <= 4
-    assert 6 <= found[0.1] <= 15
+    assert all(took >= 0.9 * interval * wanted[interval] for interval, (took, _) in found.items())
+    assert 60.0 not in found or found[60.0][1] == 0
 
 
 async def test_a_tail_goes_on_from_what_its_first_follower_has_seen(
@@ -216,7 +227,8 @@ async def test_all_who_are_at_the_same_place_are_given_the_same_batch(repo: Repo
             await stack.enter_async_context(contextlib.aclosing(repo.stream_events(query, raw=True))) for _ in range(3)
         ]
         for stream in streams:
-            await anext(stream)
+            while not (await anext(stream)).caught_up:
+                pass
         asking = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await eventually(lambda: waiting(repo) == 3, "all wait for what comes")
         loop.append(numbered(2, 2))

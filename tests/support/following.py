@@ -49,7 +49,9 @@ class Follower:
 
     async def next(self) -> EventBatch:
         """The next batch."""
-        batch = await asyncio.wait_for(anext(self._batches), DEADLINE)
+        # No wait_for(): Python 3.11's forgets that it was cancelled where the batch comes in the same moment.
+        async with asyncio.timeout(DEADLINE):
+            batch = await anext(self._batches)
         self.seen.append(batch)
         return batch
 
