@@ -11,6 +11,7 @@ import socket
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -20,7 +21,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from opsmgr.errors import NoAnswer, NotReached, TransportRefused
 from opsmgr.subscription import subscribe
-from opsmgr.transport import sprite_service
+from opsmgr.transport import silence, sprite_service
 from opsmgr.transport.credentials import Credentials
 from opsmgr.transport.retry import RetryPolicy
 from opsmgr.transport.sprite_service import SpriteServiceTransport
@@ -45,6 +46,7 @@ from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.v1 import service_pb2 as pb
 from sprite_agent.v1 import service_pb2_grpc
 from support.certificates import Authority, put
+from support.clocks import LoopClock
 from support.repos import LOOP, MOMENT, event, line
 from support.runtime import LOOKS_ONCE, SKIPS, executions, request
 from support.waiting import DEADLINE
@@ -239,7 +241,6 @@ async def test_a_peer_that_accepts_and_says_nothing_gives_no_answer(
     monkeypatch.setattr(sprite_service, "COMMAND_ALLOWANCE", 0.3)
     policy = RetryPolicy(attempts=2, base=0.01)
     transport = SpriteServiceTransport(f"unix:{tmp_path}/silent.sock", policy=policy)
-    started = time.monotonic()
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(f"{tmp_path}/silent.sock")
         silent.listen()
@@ -248,7 +249,6 @@ async def test_a_peer_that_accepts_and_says_nothing_gives_no_answer(
             await asyncio.wait_for(CALLS[method](transport), DEADLINE)
 
         await transport.close()
-    assert time.monotonic() - started < 3
 
 
 @UNARY
@@ -261,36 +261,54 @@ async def test_an_agent_that_never_answers_gives_no_answer(
         with pytest.raises(NoAnswer, match="DEADLINE_EXCEEDED"):
             await CALLS[method](transport)
 
-        assert len(fake.requests[method]) == QUICK.attempts
+        assert transport.attempts.retries == QUICK.attempts - 1
+        assert len(fake.requests[method]) <= QUICK.attempts  # a slow machine may not even have connected in time
 
 
-async def test_a_stream_that_falls_silent_is_dropped_after_three_heartbeats(tmp_path: Path) -> None:
+HEARTBEAT = 20.0
+"""Seconds: a machine that stands still for a while is no silence."""
+SILENT = 3 * HEARTBEAT
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
+    clock = LoopClock(monkeypatch)
+    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=clock.now))
+    return clock
+
+
+async def test_a_stream_that_falls_silent_is_dropped_after_three_heartbeats(tmp_path: Path, clock: LoopClock) -> None:
     async with faking(tmp_path, StreamEvents=[[batch(), Never]]) as (_, transport):
-        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=0.2))
+        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=HEARTBEAT))
         await anext(batches)
-        started = time.monotonic()
+        reading = asyncio.ensure_future(anext(batches))
+        await asyncio.sleep(0)
 
+        await clock.forward(SILENT - HEARTBEAT)
+        assert not reading.done()
+        await clock.forward(HEARTBEAT)
         with pytest.raises(NoAnswer, match="was silent for"):
-            await anext(batches)
-
-    assert 0.5 < time.monotonic() - started < 3
+            await asyncio.wait_for(reading, DEADLINE)
 
 
-async def test_the_time_that_a_reader_takes_for_a_batch_is_no_silence(tmp_path: Path) -> None:
+async def test_the_time_that_a_reader_takes_for_a_batch_is_no_silence(tmp_path: Path, clock: LoopClock) -> None:
     async with faking(tmp_path, StreamEvents=[[batch(), batch(), Never]]) as (_, transport):
-        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=0.1))
+        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=HEARTBEAT))
         await anext(batches)
-        await asyncio.sleep(0.7)
+        await clock.forward(2 * SILENT)
 
         await anext(batches)
 
+        reading = asyncio.ensure_future(anext(batches))
+        await asyncio.sleep(0)
+        await clock.forward(SILENT)
         with pytest.raises(NoAnswer, match="was silent for"):
-            await anext(batches)
+            await asyncio.wait_for(reading, DEADLINE)
 
 
 async def test_a_reader_that_is_cancelled_while_nothing_comes_is_cancelled(tmp_path: Path) -> None:
     async with faking(tmp_path, StreamEvents=[[batch(), Never]]) as (_, transport):
-        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=0.1))
+        batches = transport.events(EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=HEARTBEAT))
         await anext(batches)
         reading = asyncio.ensure_future(anext(batches))
         await asyncio.sleep(0.1)
@@ -497,8 +515,8 @@ async def test_what_the_agent_asks_to_wait_is_waited(tmp_path: Path) -> None:
         started = time.monotonic()
         await transport.info()
 
-    assert 0.3 <= time.monotonic() - started < 3
-    assert transport.attempts.waited_seconds >= 0.3
+    assert time.monotonic() - started >= 0.3
+    assert 0.3 <= transport.attempts.waited_seconds < 1
 
 
 async def test_no_more_is_tried_than_the_policy_allows(tmp_path: Path) -> None:
@@ -516,7 +534,7 @@ async def test_no_longer_is_waited_than_the_budget_allows(tmp_path: Path) -> Non
             await transport.info()
 
         assert len(fake.requests["GetInfo"]) == 1
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < QUICK.budget
 
 
 async def test_a_bug_of_the_agents_is_asked_about_again_with_the_same_key(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
@@ -17,10 +17,11 @@ from sprite_agent.face.intake import _Arrivals
 from sprite_agent.face.server import SERVICE_NAME, running
 from sprite_agent.quota import PER_MINUTE, Quota
 from sprite_agent.v1 import service_pb2 as pb
+from support.clocks import LoopClock
 from support.http2 import connected, message
 from support.repos import LOOP, event, line
 from support.runtime import executions
-from support.waiting import until
+from support.waiting import eventually, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -95,19 +96,40 @@ async def test_a_request_that_does_not_come_in_time_is_refused(
 
 
 async def test_requests_that_are_late_are_refused_each_in_its_time_and_those_that_came_go_on(
-    soon: None, agent: Agent, repo: LoopFiles, peer: Http2Peer
+    monkeypatch: pytest.MonkeyPatch, agent: Agent, repo: LoopFiles, peer: Http2Peer
 ) -> None:
+    clock = LoopClock(monkeypatch)
+    monkeypatch.setattr("sprite_agent.face.intake.ARRIVAL_TIMEOUT", 3600.0)
+    waits: list[None] = []  # an entry for each request that is waited for
+    of = _Arrivals.of
+
+    async def noted(arrivals: _Arrivals, context: Any) -> Any:
+        waits.append(None)
+        return await of(arrivals, context)
+
+    monkeypatch.setattr(_Arrivals, "of", noted)
+
+    async def begun() -> int:
+        """A call whose request is waited for; its number."""
+        before = len(waits)
+        stream = peer.begin(GET_INFO, agent.metadata)
+        await eventually(lambda: len(waits) > before, "it is waited for")
+        return stream
+
     following = peer.begin(f"/{SERVICE_NAME}/StreamEvents", agent.metadata)
     peer.data(following, message(pb.StreamEventsRequest(loop_id=LOOP, follow=True).SerializeToString()), end=True)
     await peer.until(lambda: bool(peer.answers[following].body))
 
-    late = [peer.begin(GET_INFO, agent.metadata)]
-    await asyncio.sleep(0.1)  # the next has still to wait when the first is refused
-    late.append(peer.begin(GET_INFO, agent.metadata))
+    late = [await begun()]
+    await clock.forward(1800)
+    late.append(await begun())
+    await clock.forward(1900)
     await peer.answer(late[0])
     assert not peer.is_over(late[1])
+    await clock.forward(1800)
     await peer.answer(late[1])
-    late.append(peer.begin(GET_INFO, agent.metadata))  # nobody has waited meanwhile
+    late.append(await begun())  # nobody has waited meanwhile
+    await clock.forward(3700)
     await peer.answer(late[2])
 
     assert all("no whole request has come within" in refusal(peer.answers[each]).message for each in late)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+
+import pytest
 
 from opsmgr.fleet import slots
 from opsmgr.fleet.slots import Slots
+from support.clocks import LoopClock
+from support.waiting import DEADLINE
 
-if TYPE_CHECKING:
-    import pytest
+PATIENCE = 3600.0
+"""Seconds: no machine stands still for so long."""
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
+    monkeypatch.setattr(slots, "PATIENCE", PATIENCE)
+    return LoopClock(monkeypatch)
 
 
 async def test_no_more_than_so_many_have_a_slot() -> None:
@@ -37,24 +46,24 @@ async def test_a_slot_is_given_back_once_however_often_it_is_released() -> None:
     another.cancel()
 
 
-async def test_one_who_stands_still_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "PATIENCE", 0.05)
+async def test_one_who_stands_still_keeps_nobody_waiting(clock: LoopClock) -> None:
     bound = Slots(1)
     frozen = await bound.take()
+    waiting = asyncio.create_task(bound.take())
 
-    next_one = await asyncio.wait_for(bound.take(), 2)
+    await clock.forward(0.9 * PATIENCE)
+    assert not waiting.done()
+    await clock.forward(0.2 * PATIENCE)
+    next_one = await asyncio.wait_for(waiting, DEADLINE)
 
     assert frozen.is_over
     assert not next_one.is_over
 
 
-async def test_one_who_moves_on_keeps_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "PATIENCE", 0.2)
+async def test_one_who_moves_on_keeps_its_slot(clock: LoopClock) -> None:
     slot = await Slots(1).take()
-    loop = asyncio.get_running_loop()
-    until = loop.time() + 0.5
-    while loop.time() < until:
+    for _ in range(5):
+        await clock.forward(0.75 * PATIENCE)
         slot.progress()
-        await asyncio.sleep(0.01)
 
     assert not slot.is_over
