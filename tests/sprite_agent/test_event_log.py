@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def token_after(log: EventLog, line: int) -> str:
     end = log.refresh().end
     with log.reader_after_line(0) as reader:
         while reader.position.line < line:
-            assert reader.take(end, Pace(), (1, RUN_BYTES))
+            assert reader.take(end, Pace(60.0), (1, RUN_BYTES))
         return str(reader.token())
 
 
@@ -601,9 +602,13 @@ def test_a_log_that_has_not_changed_for_a_while_need_not_be_read_twice(log: Even
     assert not log.refresh().is_sure
 
 
-def test_a_log_that_has_just_changed_is_not_sure_to_be_what_was_read(log: EventLog, loop: LoopFiles) -> None:
+def test_a_log_that_has_just_changed_is_not_sure_to_be_what_was_read(
+    log: EventLog, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop.append(numbered(10_000, width=100))
     loop.log.touch()
+    now = loop.log.stat().st_mtime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now)  # however long it takes to read it
 
     assert not log.refresh().is_sure
     assert log.known() is None
@@ -614,7 +619,8 @@ def test_a_log_that_is_changed_while_it_is_read_for_the_first_time_is_read_again
     settle(loop)
     index, aim = LogIndex(str(loop.log)), Aim()
     with loop.log.open("rb") as file:
-        assert not index.advance(file.fileno(), aim)
+        while not index.end:  # a piece may be over before anything was read in it
+            assert not index.advance(file.fileno(), aim)
         with loop.log.open("r+b") as changed:
             changed.seek(index.end // 2)
             changed.write(b"#")
@@ -661,8 +667,9 @@ def test_a_log_that_is_cut_off_before_all_of_it_was_read_is_read_to_its_new_end(
     loop.append(content)
     index, aim = LogIndex(str(loop.log)), Aim()
     with loop.log.open("rb") as file:
-        assert not index.advance(file.fileno(), aim)
-        assert 0 < index.end < len(content)
+        while not index.end:  # a piece may be over before anything was read in it
+            assert not index.advance(file.fileno(), aim)
+        assert index.end < len(content)
         end = content.index(b"\n", (index.end + len(content)) // 2) + 1
         loop.truncate(end)
 
@@ -677,7 +684,7 @@ def test_a_log_that_is_cut_off_just_when_its_status_was_taken_is_read_to_its_new
     loop.append(numbered(3))
     index, aim, fstat = LogIndex(str(loop.log)), Aim(), os.fstat
     with loop.log.open("rb") as file:
-        assert index.advance(file.fileno(), Aim())
+        until(lambda: index.advance(file.fileno(), Aim()), "it is read")
 
         def cutting_off(descriptor: int) -> os.stat_result:
             found = fstat(descriptor)
@@ -781,12 +788,12 @@ def test_a_log_of_many_gibibytes_is_read_in_short_pieces_that_leave_others_their
     os.truncate(loop.log, 64 * 1024**3)
     one, another = log.look_steps(), log.look_steps()
 
-    began = time.monotonic()
+    began = time.thread_time()  # what others take of the machine does not count
     for _ in range(10):
         assert goes_on(one)
         assert goes_on(another)
 
-    assert time.monotonic() - began < 10 * 20 * PIECE
+    assert time.thread_time() - began < 10 * 20 * PIECE
     assert log.lines_read == 1
 
 
@@ -819,23 +826,29 @@ def test_a_call_gives_up_on_a_log_that_takes_too_long_and_goes_on_from_there_the
     assert log.lines_read > read
 
 
-def test_only_so_many_calls_wait_for_a_log_that_is_still_being_read(loop: LoopFiles) -> None:
-    log = EventLog(ArtifactFiles(loop.repo), LOOP, patience=0.5)
-    loop.append(b"x\n" * 2_000_000)
-    waits: list[float] = []
+def test_only_so_many_calls_wait_for_a_log_that_is_still_being_read(
+    loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(ArtifactFiles(loop.repo), LOOP, patience=30.0)
+    loop.append(b"x\n")
+    let_go = threading.Event()
 
-    def call() -> None:
-        began = time.monotonic()
-        with pytest.raises(Starting):
-            log.refresh()
-        waits.append(time.monotonic() - began)
+    def piece(*_: Any) -> bool:
+        """There is always more to read, until all may go."""
+        let_go.wait(0.001)
+        return let_go.is_set()
 
+    monkeypatch.setattr(LogIndex, "advance", piece)
+    monkeypatch.setattr(LogIndex, "view", lambda _: None)
     with ThreadPoolExecutor(20) as pool:
-        for _ in range(20):
-            pool.submit(call)
+        calls = [pool.submit(log.refresh) for _ in range(20)]
+        until(lambda: sum(call.done() for call in calls) >= 12, "all but eight are sent away")
+        waiting = [call for call in calls if not call.done()]
+        let_go.set()
 
-    assert len(waits) == 20
-    assert sum(wait >= 0.5 for wait in waits) <= 8
+    assert len(waiting) == 8
+    assert all(call.exception() is None for call in waiting)
+    assert all(isinstance(call.exception(), Starting) for call in calls if call not in waiting)
 
 
 @pytest.mark.parametrize("ending", [b"", b"\n"], ids=["not ended yet", "ended"])
