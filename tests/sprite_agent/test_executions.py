@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pytest
 
@@ -26,7 +26,9 @@ from support.runtime import script
 from support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+_T = TypeVar("_T")
 
 
 class Run(Protocol):
@@ -218,20 +220,30 @@ def test_a_command_is_run_however_many_files_are_open(shell: Shell) -> None:
 # Its time.
 
 
+def with_time(attempt: Callable[[float], _T], has_begun: Callable[[_T], bool]) -> _T:
+    """What comes of a command with a time limit; where the machine stood still until it was over, of one with more."""
+    outcome = attempt(0.5)
+    return outcome if has_begun(outcome) else attempt(8.0)
+
+
 def test_a_command_over_its_time_is_ended_with_all_its_children(shell: Shell, pids: Path) -> None:
     text = f"trap '' TERM INT HUP; (trap '' TERM; sleep 1000) & echo $! $$ >> {pids}; echo waiting; wait; sleep 1000"
-    began = time.monotonic()
 
-    outcome = shell(text, timeout=0.5)
+    def attempt(limit: float) -> CommandOutcome:
+        began = time.monotonic()
+        outcome = shell(text, timeout=limit)
+        assert limit <= time.monotonic() - began < limit + 10
+        return outcome
 
-    assert 0.5 <= time.monotonic() - began < 5
+    outcome = with_time(attempt, lambda outcome: outcome.output != "")
+
     assert outcome == CommandOutcome(exit_code=-9, timed_out=True, output="waiting\n")
     for pid in pids.read_text().split():
         until(lambda pid=int(pid): name_of(pid) is None, f"process {pid} is gone")  # type: ignore[misc]
 
 
 def test_a_command_that_prints_without_end_is_ended_at_its_time(shell: Shell) -> None:
-    outcome = shell("yes", timeout=0.3)
+    outcome = with_time(lambda limit: shell("yes", timeout=limit), lambda outcome: outcome.output != "")
 
     assert (outcome.exit_code, outcome.timed_out) == (-9, True)
     assert outcome.output == "y\n" * (MAX_OUTPUT_BYTES // 2)
@@ -253,12 +265,9 @@ def test_a_child_that_keeps_the_output_open_does_not_hold_the_command_up(shell: 
 
 
 def test_a_child_that_goes_on_printing_does_not_hold_the_command_up(shell: Shell, pids: Path) -> None:
-    began = time.monotonic()
-
-    outcome = shell(f"yes & echo $! >> {pids}; exit 4", timeout=5)
+    outcome = shell(f"yes & echo $! >> {pids}; exit 4")
 
     assert (outcome.exit_code, outcome.timed_out) == (4, False)
-    assert time.monotonic() - began < 3
 
 
 # What is left behind.
@@ -360,12 +369,15 @@ def test_the_command_of_a_killed_executor_is_ended_at_its_time_with_all_its_chil
     folder: StateFolder, lane: int, pids: Path
 ) -> None:
     text = f"(sleep 1000) & echo $! $$ >> {pids}; kill -9 $PPID; sleep 1000"
-    began = time.monotonic()
 
-    outcome = carried_out(Executions(folder.executions, timeout=0.5), KEY, ["/bin/sh", "-c", text], lane)
+    def attempt(limit: float) -> CommandOutcome | None:
+        began = time.monotonic()
+        executions = Executions(folder.executions, timeout=limit)
+        outcome = carried_out(executions, uuid.uuid4().hex[:16], ["/bin/sh", "-c", text], lane)
+        assert limit <= time.monotonic() - began < limit + 10
+        return outcome
 
-    assert outcome is None
-    assert 0.5 <= time.monotonic() - began < 5
+    assert with_time(attempt, lambda outcome: outcome is None) is None
     for pid in pids.read_text().split():
         until(lambda pid=int(pid): name_of(pid) is None, f"process {pid} is gone")  # type: ignore[misc]
 
@@ -376,9 +388,15 @@ def test_an_executor_that_hangs_is_ended_and_its_command_too(
     monkeypatch.setattr("sprite_agent.control.executions._RECORDING", 0.3)
     text = f"echo $PPID $$ >> {pids}; kill -STOP $PPID; sleep 1000"
 
-    outcome = carried_out(Executions(folder.executions, timeout=0.5), KEY, ["/bin/sh", "-c", text], lane)
+    def attempt(limit: float) -> CommandOutcome | NotExecuted | None:
+        try:
+            executions = Executions(folder.executions, timeout=limit)
+            return carried_out(executions, uuid.uuid4().hex[:16], ["/bin/sh", "-c", text], lane)
+        except NotExecuted as error:
+            assert not pids.read_text()
+            return error
 
-    assert outcome is None
+    assert with_time(attempt, lambda outcome: outcome is None) is None
     for pid in pids.read_text().split():
         until(lambda pid=int(pid): name_of(pid) is None, f"process {pid} is gone")  # type: ignore[misc]
 
