@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sprite_agent.callers import Caller, Proof
+from sprite_agent.contract import confirmation
 from sprite_agent.contract.validation import violations
 from sprite_agent.control import conclusion
 from support.repos import LOOP, STANDIN, LoopFiles, event, line, put
@@ -116,12 +118,19 @@ def test_a_cancel_is_not_confirmed_when_the_loop_is_active_again_a_moment_later(
 ) -> None:
     """C2: a run that was not stopped writes its state once more."""
     put(loop.state, {"active": True, "current_loop_id": LOOP})
-    again = f"mv {loop.state} {tmp_path}/kept; (sleep 0.5; mv {tmp_path}/kept {loop.state}) > /dev/null 2>&1 &"
-    repo = make_repo(script(tmp_path / "superloop", again))
+    repo = make_repo(script(tmp_path / "superloop", f"mv {loop.state} {tmp_path}/kept"))
+    waits: list[float] = []
+
+    def meanwhile(seconds: float) -> None:
+        waits.append(seconds)
+        (tmp_path / "kept").rename(loop.state)
+
     monkeypatch.setattr(conclusion, "SETTLE", SHIPPED_SETTLE)
+    monkeypatch.setattr(confirmation, "time", SimpleNamespace(monotonic=time.monotonic, sleep=meanwhile))
 
     result = repo.execute(request("cancel"))
 
+    assert waits == [SHIPPED_SETTLE]
     assert outcome(result) == NOTHING_SHOWS
     assert result["detail"] == "the loop is still awaiting_approval, active True"
 
