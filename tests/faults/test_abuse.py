@@ -37,8 +37,8 @@ KNOWN = (("authorization", f"Bearer {TOKEN}"),)
 STRANGER = ()
 POLICY = RetryPolicy(attempts=20, budget=10.0, base=0.05, cap=0.2)
 
-GOOD = 1.0
-"""Seconds within which a good client is answered, whatever others do."""
+GOOD = 4.0
+"""Seconds within which a good client is answered, whatever others do: one, and what a machine may stand still for."""
 ROOM = 100
 """MiB that others may make the agent take."""
 HANDSHAKE = 5.0
@@ -219,7 +219,7 @@ async def test_connections_that_do_not_introduce_themselves_are_closed(scene: Sc
 
     seconds = await scene.suffers(say_nothing(), f"{count} silent connections")
 
-    assert seconds <= HANDSHAKE + 1
+    assert seconds <= HANDSHAKE + GOOD
     found("T18", f"{count} silent connections: all closed within {seconds:.1f} s")
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TOKEN = "token-of-the-tests"  # noqa: S105  # as tests/conftest.py has it
 ONE_TRY = RetryPolicy(attempts=1)
 FOLLOW = EventQuery(loop_id=LOOP, follow=True)
-SOON = 1.0
+SOON = 10.0
 """Seconds in which a call that is not refused must be answered, whatever else is going on."""
 
 
