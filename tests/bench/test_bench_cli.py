@@ -74,7 +74,12 @@ def test_a_quick_replay_tells_everything_but_verdicts(tmp_path: Path) -> None:
     words = ("replay", "--quick", "--seed", "5", "--json", "-", "--chart", str(chart), "--folder", str(tmp_path))
 
     done = subprocess.run(
-        [sys.executable, "-m", "tools.bench", *words], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-m", "tools.bench", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
 
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,7 @@ async def stop_under_load(
     return answer, took
 
 
-@pytest.mark.timeout(scaled(60, 3600))
+@pytest.mark.timeout(scaled(240, 3600))
 async def test_an_agent_that_is_stopped_under_load_loses_nothing(
     start_agent: Callable[..., AgentProgram], repo: LoopFiles
 ) -> None:

@@ -118,7 +118,7 @@ def test_a_right_message_is_read(name: str) -> None:
     assert is_read(TARGETS[name], TARGETS[name].example.SerializeToString())
 
 
-@pytest.mark.timeout(scaled(60, 3600))
+@pytest.mark.timeout(scaled(240, 3600))
 @pytest.mark.parametrize("name", TARGETS)
 def test_bytes_that_were_a_message_are_read_or_refused(name: str) -> None:
     target, chance = TARGETS[name], random.Random(f"{SEED} {name}")  # noqa: S311  # the same bytes
@@ -133,7 +133,7 @@ def test_bytes_that_were_a_message_are_read_or_refused(name: str) -> None:
     found("T23", f"{name}: {tried:,} mutated, {read:,} still read: no error but ours")
 
 
-@pytest.mark.timeout(scaled(60, 3600))
+@pytest.mark.timeout(scaled(240, 3600))
 @pytest.mark.parametrize("name", TARGETS)
 def test_fields_of_any_kind_are_read_or_refused(name: str) -> None:
     target = TARGETS[name]
@@ -207,7 +207,7 @@ async def answers_to(peer: Http2Peer, method: str, bodies: list[bytes]) -> list[
     return [peer.answers[stream] for stream in streams]
 
 
-@pytest.mark.timeout(scaled(60, 3600))
+@pytest.mark.timeout(scaled(240, 3600))
 @pytest.mark.parametrize("method", EXAMPLES, ids=lambda method: method.rpartition("/")[2])
 async def test_whatever_is_sent_is_answered_by_the_rules_and_the_agent_goes_on(
     start_agent: Callable[..., AgentProgram], repo: LoopFiles, method: str
@@ -237,7 +237,7 @@ TOKENS = [b"", b"Bearer", b"Bearer ", b"Bearer \xff", b"\xed\xa0\x80", b"Bearer 
 TIMEOUTS = ["", "0S", "S", "-1S", "99999999H", "999999999999n", "1.5S", "abc", "1S"]
 
 
-@pytest.mark.timeout(scaled(60, 3600))
+@pytest.mark.timeout(scaled(240, 3600))
 async def test_whatever_a_call_begins_with_is_answered_and_the_agent_goes_on(
     start_agent: Callable[..., AgentProgram], repo: LoopFiles
 ) -> None:

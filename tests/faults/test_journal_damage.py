@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from support.repos import LoopFiles
 
-LONG = pytest.mark.timeout(scaled(60, 7200))
+LONG = pytest.mark.timeout(scaled(240, 7200))
 KEYS = 6
 CHANCE = random.Random(11)  # noqa: S311  # the same damage each time
 

@@ -38,7 +38,7 @@ def tried(examples: int) -> settings:
     )
 
 
-@pytest.mark.timeout(scaled(60, 7200))
+@pytest.mark.timeout(scaled(240, 7200))
 def test_whatever_happens_the_journal_agrees_with_the_model() -> None:
     examples = scaled(400, 20_000)
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import ControlRequest, ControlResult
     from support.repos import Json, LoopFiles
 
-LONG = pytest.mark.timeout(scaled(60, 7200))
+LONG = pytest.mark.timeout(scaled(240, 7200))
 
 # T1
 

@@ -90,7 +90,7 @@ class KilledWriter:
         return subprocess.Popen([sys.executable, "-S", "-c", WRITER, *words], stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.timeout(scaled(60, 3600))
+@pytest.mark.timeout(scaled(240, 3600))
 async def test_what_writers_that_are_killed_leave_is_delivered_line_by_line_once_and_in_order(
     start_agent: Callable[..., AgentProgram], repo: LoopFiles, tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TOKEN = "token-of-the-tests"  # noqa: S105  # as tests/conftest.py has it
 PATIENT = RetryPolicy(attempts=1000, budget=60.0, base=0.005, cap=0.02)
-LONG = pytest.mark.timeout(scaled(60, 3600))
+LONG = pytest.mark.timeout(scaled(240, 3600))
 
 # T15
 

@@ -78,7 +78,7 @@ def keys_in(store: LoopStore) -> list[str]:
     return [json.loads(text)["idempotencyKey"] for text in lines]
 
 
-@pytest.mark.timeout(scaled(60, 600))
+@pytest.mark.timeout(scaled(240, 600))
 @pytest.mark.parametrize("place", killed_control.PLACES[1:])
 def test_a_manager_that_was_killed_around_its_send_is_resumed_and_the_command_run_once(
     place: str, manager: Manager, repo: LoopFiles
@@ -105,7 +105,7 @@ def test_a_manager_that_was_killed_around_its_send_is_resumed_and_the_command_ru
     found("T30", f"{place}: {ROUNDS} kills -9: 1 execution each, under the same key")
 
 
-@pytest.mark.timeout(scaled(60, 600))
+@pytest.mark.timeout(scaled(240, 600))
 def test_a_manager_that_was_killed_before_its_row_has_sent_nothing_and_nothing_is_resumed(
     manager: Manager, repo: LoopFiles
 ) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from support.repos import Json, LoopFiles
 
 TOKEN = "token-of-the-tests"  # noqa: S105  # as tests/conftest.py has it
-LONG = pytest.mark.timeout(scaled(60, 7200))
+LONG = pytest.mark.timeout(scaled(240, 7200))
 
 
 @pytest.fixture(autouse=True)

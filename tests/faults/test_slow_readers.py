@@ -89,7 +89,7 @@ async def seconds_of_controls(transport: SpriteServiceTransport, name: str, loop
     return sorted(took)
 
 
-@pytest.mark.timeout(scaled(60, 600))
+@pytest.mark.timeout(scaled(240, 600))
 @pytest.mark.parametrize("log", HOSTILE.values(), ids=HOSTILE)
 async def test_slow_readers_cost_little_memory_and_hold_up_no_control(
     start_agent: Callable[..., AgentProgram],

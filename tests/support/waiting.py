@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DEADLINE = 15.0
+DEADLINE = 40.0
 """Seconds until a fact waited for counts as missing."""
 
 _T = TypeVar("_T")
