@@ -490,7 +490,7 @@ async def test_draining_refuses_new_control_and_says_so(
     program: AgentProgram, transport: SpriteServiceTransport, repo: LoopFiles
 ) -> None:
     repo.ask_approval()
-    turn(repo, sleep_before=1)
+    turn(repo, sleep_before=12)
     asked = asyncio.ensure_future(transport.execute(control()))
     await asyncio.to_thread(until, lambda: executions(repo), "the command runs")
     program.process.terminate()
@@ -501,6 +501,7 @@ async def test_draining_refuses_new_control_and_says_so(
         await late.execute(control(idempotencyKey="key-2"))
 
     await late.close()
+    os.kill(executions(repo)[0]["pid"], signal.SIGKILL)  # nobody waits for it any longer
     await asked
     assert await asyncio.to_thread(program.exit_code) == 0
     assert len(executions(repo)) == 1
