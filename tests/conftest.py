@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The programs of the tests leave nothing in anybody's home, and have nothing of what the README exports."""
+    # What is run in the background may ignore it, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         for name in (TOKEN_VARIABLE, RUNTIME_VARIABLE, CONFIG_VARIABLE):
             patch.delenv(name, raising=False)
