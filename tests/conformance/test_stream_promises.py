@@ -222,8 +222,11 @@ async def test_bookmarkable_where_nothing_was_sent(transport: Transport, repo: L
     assert (first.events, first.cursor["eventLineOffset"], resumed.lines) == ([], 0, [2])
 
 
-async def test_bounded_batches(transport: Transport, log: Log, writing: Writer) -> None:
-    async with follower(transport, max_events=len(log.events)) as following:
+async def test_bounded_batches(transport: Transport, repo: LoopFiles, log: Log, writing: Writer) -> None:
+    writing.join(DEADLINE)
+    small = 5 * MAX_BATCH_EVENTS  # of the others the bytes are too many before their number is
+    repo.append(line(event()) * small)
+    async with follower(transport, max_events=len(log.events) + small) as following:
         await following.to_end()
 
     for batch in following.seen:
