@@ -136,8 +136,8 @@ async def test_a_bad_line_loses_and_doubles_nothing(
 KEEPALIVE = 2_000
 """Milliseconds, a tenth of the real figure."""
 PING_TIMEOUT = 1_500
-NOTICED = 4.0
-"""Seconds until a vanished peer has to be noticed: those two, and half a second."""
+NOTICED = 6.0
+"""Seconds until a vanished peer has to be noticed: those two, and what a machine may stand still for."""
 QUIET = EventQuery(loop_id=LOOP, follow=True, heartbeat_interval=60.0)
 """Nothing but keepalive can notice anything in time."""
 BOTH_SIDES = ((server, "OPTIONS"), (sprite_service, "CHANNEL_OPTIONS"))
