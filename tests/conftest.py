@@ -17,6 +17,7 @@ from opsmgr.config import CONFIG_VARIABLE
 from opsmgr.transport.local import LocalTransport
 from opsmgr.transport.retry import RetryPolicy
 from opsmgr.transport.sprite_service import SpriteServiceTransport
+from sprite_agent.event_log.pieces import Pace
 from sprite_agent.face.config import RUNTIME_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from sprite_agent.face.server import running
 from support.figures import all_found, found
@@ -114,6 +115,12 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.delenv(name, raising=False)
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("states")))
         yield
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that does not stand still: no piece of work is over, and no batch made, before there is no more."""
+    monkeypatch.setattr(Pace, "over", lambda _: False)
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ def open_files() -> int:
 # What an event holds.
 
 
+@pytest.mark.usefixtures("steady")
 async def test_the_raw_line_and_its_data_are_verbatim(repo: Repo, loop: LoopFiles) -> None:
     text = '{ "timestamp":"t", "type" : "x","data": { "a":1.0,\n "a" : [1e2, 18446744073709551616] } , "u": "\\u00e9é"}'
     loop.append(text.encode() + b"\n")
@@ -99,6 +100,7 @@ async def test_the_raw_line_and_its_data_are_verbatim(repo: Repo, loop: LoopFile
     assert found["payload"].text == '{ "a":1.0,\n "a" : [1e2, 18446744073709551616] }'
 
 
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize(
     "data", ['"data":{"a":1},"data":{"b":2}', '"data":{"a":1},"d\\u0061ta":{"b":2}', '"data":3,"data":{"b":2}']
 )
@@ -111,6 +113,7 @@ async def test_of_a_key_given_twice_the_last_counts_for_value_and_text(repo: Rep
     assert (payload, payload.text) == ({"b": 2}, '{"b":2}')
 
 
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize(
     ("members", "path"),
     [
@@ -183,6 +186,7 @@ async def test_a_subscription_after_a_line_gives_the_events_whose_last_line_come
     assert batches[-1].cursor == {"eventLineOffset": max(offset, 23), "eventLineCount": 25}
 
 
+@pytest.mark.usefixtures("steady")
 async def test_a_subscription_that_finds_nothing_new_leaves_the_cursor_where_it_was(
     repo: Repo, loop: LoopFiles
 ) -> None:
@@ -221,6 +225,7 @@ async def test_what_cannot_be_asked_for_is_refused(repo: Repo, query: dict[str, 
         await replay(repo, **query)
 
 
+@pytest.mark.usefixtures("steady")
 async def test_a_token_counts_more_than_a_line(repo: Repo, loop: LoopFiles) -> None:
     loop.append(numbered(5))
     (batch,) = await replay(repo, max_events=3)
@@ -314,6 +319,7 @@ async def test_no_limit_on_events_means_all_of_them(repo: Repo, loop: LoopFiles)
     assert lines_of(await replay(repo, max_events=0)) == SPACED_LINES
 
 
+@pytest.mark.usefixtures("steady")
 async def test_a_batch_holds_a_bounded_number_of_events(repo: Repo, loop: LoopFiles) -> None:
     loop.append(numbered(2 * MAX_BATCH_EVENTS + 1))
 
@@ -323,6 +329,7 @@ async def test_a_batch_holds_a_bounded_number_of_events(repo: Repo, loop: LoopFi
     assert [batch.caught_up for batch in batches] == [False, False, True]
 
 
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("follow", [True, False])
 async def test_a_full_batch_at_the_end_of_the_log_is_followed_by_word_that_this_was_all(
     repo: Repo, loop: LoopFiles, *, follow: bool
@@ -337,6 +344,7 @@ async def test_a_full_batch_at_the_end_of_the_log_is_followed_by_word_that_this_
         assert len(follower.seen) <= 2
 
 
+@pytest.mark.usefixtures("steady")
 async def test_a_batch_holds_a_bounded_number_of_skipped_records(repo: Repo, loop: LoopFiles) -> None:
     loop.append(b"x\n" * (MAX_BATCH_EVENTS + 1), numbered(1))
 
@@ -365,6 +373,7 @@ async def test_a_batch_of_more_than_one_event_holds_a_bounded_number_of_bytes(
 # What a batch says of where the stream stands.
 
 
+@pytest.mark.usefixtures("steady")
 async def test_blank_lines_at_the_end_leave_the_cursor_below_the_count_and_the_stream_caught_up(
     repo: Repo, loop: LoopFiles
 ) -> None:
@@ -376,6 +385,7 @@ async def test_blank_lines_at_the_end_leave_the_cursor_below_the_count_and_the_s
     assert batch.caught_up
 
 
+@pytest.mark.usefixtures("steady")
 async def test_an_object_that_is_not_closed_yet_leaves_the_stream_caught_up(repo: Repo, loop: LoopFiles) -> None:
     whole = lines(event("usage_check"))
     loop.append(numbered(2), whole[:-2])
@@ -389,6 +399,7 @@ async def test_an_object_that_is_not_closed_yet_leaves_the_stream_caught_up(repo
     assert lines_of(await replay(repo, after_line=batch.cursor["eventLineOffset"])) == [9]
 
 
+@pytest.mark.usefixtures("steady")
 async def test_events_and_cursor_say_how_many_lines_the_log_had(repo: Repo, loop: LoopFiles) -> None:
     loop.append(numbered(3), b"\n", b'{"torn')
 
@@ -403,6 +414,7 @@ async def test_events_and_cursor_say_how_many_lines_the_log_had(repo: Repo, loop
     assert second.cursor["eventLineCount"] == 7
 
 
+@pytest.mark.usefixtures("steady")
 async def test_the_trace_id_is_in_every_event(repo: Repo, loop: LoopFiles) -> None:
     loop.append(numbered(2))
 
@@ -477,6 +489,7 @@ async def test_skipped_records_are_reported_with_what_is_known_of_them(repo: Rep
     assert all(wanted in skipped.reason for wanted, skipped in zip(reasons, skips, strict=True))
 
 
+@pytest.mark.usefixtures("steady")
 async def test_a_skipped_record_is_not_reported_again_after_resuming(repo: Repo, loop: LoopFiles) -> None:
     loop.append(numbered(1), b"not json\n", b"\n")
 
@@ -640,6 +653,7 @@ async def test_a_stream_that_is_left_gives_back_what_it_held(repo: Repo, loop: L
     assert open_files() == before
 
 
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("place", ["the start", "a line", "a token"])
 async def test_a_place_in_a_small_log_is_found_at_once(repo: Repo, loop: LoopFiles, place: str) -> None:
     """By no other thread: the way there would take longer, and the peer would be told first that it has to wait."""
@@ -698,6 +712,7 @@ async def test_the_end_of_a_log_that_has_not_changed_is_found_without_opening_it
     assert lines_of(await replay(repo, resume_token=first.resume_token)) == [31, 32]
 
 
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("place", ["a line", "a token"])
 async def test_what_has_come_since_the_end_of_a_log_was_known_is_in_the_first_batch(
     repo: Repo, loop: LoopFiles, place: str

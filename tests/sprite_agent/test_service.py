@@ -734,6 +734,7 @@ async def test_a_stream_starts_where_it_is_asked_to(stub: Stub, agent: Agent, re
     assert lines((await stream(stub, agent, max_events=2))[0]) == [1, 2]
 
 
+@pytest.mark.usefixtures("steady")
 async def test_a_stream_says_where_it_stands(stub: Stub, agent: Agent, repo: LoopFiles) -> None:
     repo.append(line(event()), b"not json\n", b"\n")
 
