@@ -33,6 +33,8 @@ RETENTION_SECONDS = 7 * 24 * 3600
 """How long a finished key is kept at least."""
 KEPT_ROWS = 10_000
 """So many of the newest keys are kept, however old."""
+MOST_PATIENCE = 60.0
+"""Seconds to go on trying to record how a command ended: to check a large journal keeps every commit waiting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,19 +275,21 @@ class Journal:
             ) from error
 
     def _change_with_ballast(self, change: Callable[[sqlite3.Connection], Any]) -> Any:
-        """Commits a change that must not be lost: a full disk is made less full."""
-        try:
-            with self._transaction() as tables:
-                return change(tables)
-        except JournalUnavailable as error:
-            if getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF not in {
-                sqlite3.SQLITE_FULL,
-                sqlite3.SQLITE_IOERR,
-            }:
-                raise
-            self._folder.drop_ballast()
-            with self._transaction() as tables:
-                return change(tables)
+        """Commits a change that must not be lost: a full disk is made less full, and a check is let end."""
+        until = time.monotonic() + MOST_PATIENCE
+        while True:
+            try:
+                with self._transaction() as tables:
+                    return change(tables)
+            except JournalUnavailable as error:
+                code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+                if code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+                    self._folder.drop_ballast()
+                    break
+                if code != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                    raise
+        with self._transaction() as tables:
+            return change(tables)
 
     @contextlib.contextmanager
     def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
