@@ -19,7 +19,7 @@ from sprite_agent.control import executor, failpoints
 from sprite_agent.control.command import build_environment
 from sprite_agent.control.executors import Executors
 from sprite_agent.control.processes import is_alive, name_from_stat, pid_of
-from sprite_agent.errors import NotExecuted
+from sprite_agent.errors import InternalError, NotExecuted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -116,11 +116,16 @@ class Executions:
         return self._outcome_of(execution)
 
     def outcome(self, execution_id: str) -> CommandOutcome | None:
-        """How a command ended, as its executor has recorded; None: it has not."""
+        """How a command ended, as its executor has recorded; None: it has not.
+
+        Raises:
+            InternalError: that can't be told at the moment.
+        """
+        text = self._left(execution_id, executor.RESULT)
         try:
-            found = json.loads((self._folder / execution_id / executor.RESULT).read_bytes())
-        except (OSError, ValueError):
-            return None  # what can't be read is not known
+            found = json.loads(text or b"")
+        except ValueError:
+            return None  # what is damaged is not known
         return CommandOutcome(exit_code=found["exitCode"], timed_out=found["timedOut"], output=found["output"])
 
     def was_started(self, execution_id: str) -> bool:
@@ -128,12 +133,12 @@ class Executions:
         return (self._folder / execution_id / executor.STARTED).exists()
 
     def end_orphan(self, execution_id: str, *, within: float) -> None:
-        """Ends a command whose executor is gone: after `within` seconds its session is killed, if it still lives."""
-        place = self._folder / execution_id
-        try:
-            name = name_from_stat((place / executor.PROCESS).read_bytes())
-        except OSError:
-            return
+        """Ends a command whose executor is gone: after `within` seconds its session is killed, if it still lives.
+
+        Raises:
+            InternalError: which process it is can't be told at the moment.
+        """
+        name = name_from_stat(self._left(execution_id, executor.PROCESS) or b"")
         until = time.monotonic() + within
         while name is not None and is_alive(name):
             if time.monotonic() >= until:
@@ -150,6 +155,17 @@ class Executions:
         if self._folder.is_dir():
             for left in {entry.name for entry in self._folder.iterdir()} - set(kept):
                 self.forget(left)
+
+    def _left(self, execution_id: str, name: str) -> bytes | None:
+        """What an execution has left in a file; None: nothing. A file that can't be opened now may say all later."""
+        try:
+            return (self._folder / execution_id / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InternalError(
+                f"what execution {execution_id} has left can't be read: {error.strerror}; ask with the same key"
+            ) from error
 
     def _hand_over(self, execution_id: str, command: list[str], lane: int) -> Execution:
         """An executor that was given the command, and waits at its gate."""
