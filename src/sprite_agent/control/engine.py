@@ -109,6 +109,8 @@ class ControlEngine:
         # Guards the opening of the journal.
         self._lock = threading.Lock()
         self._journal: Journal | None = None
+        self._corrupt: tuple[str, object] | None = None
+        """Why the journal was not taken, and what its files looked like: to look at all of it takes seconds."""
 
     def close(self) -> None:
         """Closes the journal, and ends the executor that waits.
@@ -131,7 +133,14 @@ class ControlEngine:
         with self._lock:
             if self._journal is None:
                 self._folder.make()
-                self._journal = Journal(self._folder)
+                looks = self._folder.journal_looks()
+                if self._corrupt is not None and self._corrupt[1] == looks:
+                    raise JournalCorrupt(self._corrupt[0])
+                try:
+                    self._journal = Journal(self._folder)
+                except JournalCorrupt as error:
+                    self._corrupt = error.message, looks
+                    raise
             return self._journal
 
     def fault(self) -> OpsError | None:

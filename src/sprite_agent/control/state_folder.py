@@ -59,6 +59,18 @@ class StateFolder:
         """Whether there is a journal that this user may look at."""
         return os.path.exists(self.journal)  # noqa: PTH110  # Path.exists() raises where it may not look
 
+    def journal_looks(self) -> list[tuple[int, int, int] | None]:
+        """What tells whether anything about the journal's files has changed; None for each that is not there."""
+        looks: list[tuple[int, int, int] | None] = []
+        for name in (self.journal.name, f"{self.journal.name}-journal", "journal.id"):
+            try:
+                found = (self.path / name).stat()
+            except OSError:
+                looks.append(None)
+            else:
+                looks.append((found.st_ino, found.st_size, found.st_mtime_ns))
+        return looks
+
     def ensure_ballast(self) -> None:
         """Makes the ballast where it is missing.
 
