@@ -169,26 +169,29 @@ def _print_verdict(entries: list[AuditEntry], fault: str | None, *, json: bool) 
 
 
 def _is_asked_for(entry: AuditEntry, kinds: tuple[str, ...], loop_id: str | None, key: str | None) -> bool:
+    from sprite_agent.contract.json_text import member
+
     body = entry.document["body"]
     return (
         (not kinds or entry.kind in kinds)
-        and loop_id in {None, body.get("loopId")}
-        and key in {None, body.get("idempotencyKey")}
+        and loop_id in (None, member(body, "loopId"))  # a tuple: who changed the body may have put a list there
+        and key in (None, member(body, "idempotencyKey"))
     )
 
 
 def _line(entry: AuditEntry) -> str:
+    from sprite_agent.contract.json_text import member
+
     body = entry.document["body"]
-    caller = body.get("caller") or {}
     facts = {
-        "loop": body.get("loopId"),
-        "intent": body.get("intent"),
-        "by": body.get("requestedBy"),
-        "from": caller.get("identity"),
-        "key": body.get("idempotencyKey"),
-        "status": body.get("status"),
-        "exit": body.get("exitCode"),
-        "reason": body.get("reason"),
+        "loop": member(body, "loopId"),
+        "intent": member(body, "intent"),
+        "by": member(body, "requestedBy"),
+        "from": member(member(body, "caller"), "identity"),
+        "key": member(body, "idempotencyKey"),
+        "status": member(body, "status"),
+        "exit": member(body, "exitCode"),
+        "reason": member(body, "reason"),
     }
     told = "  ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     text = f"{entry.sequence:>6}  {entry.at}  {entry.kind:<9} {told}"

@@ -50,12 +50,13 @@ class AuditEntry:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The entry as one JSON object."""
+        """The entry as one JSON object; a body that somebody made no JSON is there as its text."""
+        body, fault = json_text.attempt(self.body)
         return {
             "sequence": self.sequence,
             "at": self.at,
             "kind": self.kind,
-            "body": json_text.parse(self.body),
+            "body": self.body if fault else body,
             "previous": self.previous,
             "hash": self.hash,
         }
