@@ -349,7 +349,8 @@ class ControlEngine:
             self._executions.forget(entry.execution_id)
             return None
         else:
-            self._executions.end_orphan(entry.execution_id, within=0)
+            if entry.origin.boot_id == this_boot():  # else its pid and start time are another process's, if any's
+                self._executions.end_orphan(entry.execution_id, within=0)
             entry = self._record(entry, interrupted_result(entry.result))
         self._executions.forget(entry.execution_id)
         return entry
