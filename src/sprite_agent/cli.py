@@ -96,7 +96,7 @@ main.add_command(keys_cli.keys)
 @click.option(
     "--run-as",
     metavar="USER",
-    help="Whom the runtime's command runs as, without capabilities. Needs root, or CAP_SETUID and CAP_SETGID.",
+    help="Whom the runtime's command runs as, without capabilities. Needs root, or CAP_SETUID, _SETGID and _KILL.",
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Serve counts for Prometheus there, on loopback. [default: not]")
 @click.option("--channelz", is_flag=True, help="Serve what gRPC knows of its connections, to callers that may read.")

@@ -16,8 +16,8 @@ from sprite_agent.errors import RuntimeMissing, RuntimeUntrusted
 if TYPE_CHECKING:
     from sprite_agent.contract.envelopes import ControlRequest
 
-_CHANGE_USER = 1 << 6 | 1 << 7
-"""CAP_SETGID and CAP_SETUID."""
+_CHANGE_USER = 1 << 5 | 1 << 6 | 1 << 7
+"""CAP_KILL, without which a command that never ends could not be ended, CAP_SETGID and CAP_SETUID."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ def find_user(name: str) -> User:
 
 
 def can_change_user() -> bool:
-    """Whether this process may run a command as another user."""
+    """Whether this process may run a command as another user, and end it."""
     status = Path("/proc/self/status").read_text()
     effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
     return effective & _CHANGE_USER == _CHANGE_USER

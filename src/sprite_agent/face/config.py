@@ -188,7 +188,7 @@ def _digest(text: str) -> str:
 def _user(name: str) -> User:
     user = find_user(name)
     if not can_change_user():
-        raise ValueError(f"--run-as {name} needs root, or the capabilities CAP_SETUID and CAP_SETGID")
+        raise ValueError(f"--run-as {name} needs root, or the capabilities CAP_SETUID, CAP_SETGID and CAP_KILL")
     return user
 
 
