@@ -81,7 +81,7 @@ class StateFolder:
             return
         draft = self.path / f".ballast.{os.getpid()}.{threading.get_ident()}"
         try:
-            draft.touch(mode=0o600, exist_ok=False)
+            draft.touch(mode=0o600)  # of one that was killed here with this pid, there may be one
             with draft.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
             draft.rename(self.ballast)
