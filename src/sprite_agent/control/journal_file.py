@@ -13,6 +13,7 @@ import time
 import uuid
 from itertools import islice
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from sprite_agent.contract.secrets import changing, replace_guarded
 from sprite_agent.control import audit, journal_rows
@@ -137,7 +138,9 @@ def _damaged(path: Path, what: object) -> str:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    tables = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT)
+    # Never makes the file: it may have been put aside since somebody looked.
+    place = f"file:{quote(os.fsencode(path.absolute()))}?mode=rw"
+    tables = sqlite3.connect(place, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT)
     try:
         for pragma in ("synchronous = EXTRA", "trusted_schema = OFF", "cell_size_check = ON"):
             tables.execute(f"PRAGMA {pragma}")
