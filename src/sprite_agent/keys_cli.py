@@ -64,10 +64,12 @@ def token(*, token_id: str, scopes: tuple[str, ...], days: int | None, file: Pat
     if file is not None:
         with _reported():
             add_token(file, made)
-    if json:
-        _print({"id": token_id, "token": text, "line": token_line(made), "file": None if file is None else str(file)})
-    else:
-        click.echo(text if file is not None else f"{text}\n{token_line(made)}")
+    with _reported():
+        if json:
+            named = None if file is None else str(file)
+            _print({"id": token_id, "token": text, "line": token_line(made), "file": named})
+        else:
+            click.echo(text if file is not None else f"{text}\n{token_line(made)}")
 
 
 @keys.command()
@@ -112,12 +114,12 @@ def pair(
     )
     with _reported():
         entry = key_entry(add_key(wanted, private_file=out, trusted_file=trusted_keys))
-    if json:
-        _print({"key": entry, "out": str(out), "file": None if trusted_keys is None else str(trusted_keys)})
-    elif trusted_keys is None:
-        _print(entry)
-    else:
-        click.echo(f"key {key_id} of {issuer}: private half in {out}, public half in {trusted_keys}")
+        if json:
+            _print({"key": entry, "out": str(out), "file": None if trusted_keys is None else str(trusted_keys)})
+        elif trusted_keys is None:
+            _print(entry)
+        else:
+            click.echo(f"key {key_id} of {issuer}: private half in {out}, public half in {trusted_keys}")
 
 
 @keys.command("list")
@@ -136,10 +138,11 @@ def list_(*, token_file: Path | None, trusted_keys: Path | None, json: bool) -> 
         _row("key", each.key_id, each, issuer=each.issuer, begins=each.not_before, until=each.not_after)
         for each in trusted.values()
     ]
-    if json:
-        _print({"credentials": rows})
-    else:
-        click.echo("\n".join(map(_line, rows)) or "none")
+    with _reported():
+        if json:
+            _print({"credentials": rows})
+        else:
+            click.echo("\n".join(map(_line, rows)) or "none")
 
 
 @keys.command()
@@ -159,10 +162,11 @@ def revoke(*, name: str, token_file: Path | None, trusted_keys: Path | None, jso
             gone.append(f"key {name} is no longer in {trusted_keys}")
     if not gone:
         raise click.ClickException(f"nothing has the id {name[:80]!r}; nothing was changed")
-    if json:
-        _print({"revoked": name})
-    else:
-        click.echo("\n".join(gone))
+    with _reported():
+        if json:
+            _print({"revoked": name})
+        else:
+            click.echo("\n".join(gone))
 
 
 def _end(days: int | None) -> float | None:
@@ -206,6 +210,8 @@ def _print(document: dict[str, Any]) -> None:
 def _reported() -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:
+        raise  # click ends quietly: whoever read has heard enough
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
