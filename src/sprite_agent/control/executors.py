@@ -31,6 +31,8 @@ LATER = 0.02
 takes to start Python holds nobody up."""
 _MESSAGE = 5.0
 """Seconds that an executor may take to have room for a message; there is always room for these two."""
+_ENDING = 5.0
+"""Seconds that an executor which is done may take to end."""
 
 
 class ExecutorProcess:
@@ -94,8 +96,10 @@ class ExecutorProcess:
             kill: end it wherever it is.
         """
         self._socket.close()
-        if kill:
-            self._process.kill()
+        if not kill:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(_ENDING)
+        self._process.kill()  # if it was to end by itself, it was stopped: what it had to record it has
         return self._process.wait()
 
 
