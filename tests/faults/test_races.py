@@ -18,6 +18,7 @@ import pytest
 
 from opsmgr.transport.retry import RetryPolicy
 from opsmgr.transport.sprite_service import SpriteServiceTransport
+from sprite_agent.contract import clock
 from sprite_agent.control.journal_file import read_audit
 from sprite_agent.errors import ControlNotFound, IdempotencyKeyReused
 from sprite_agent.face.server import running
@@ -99,7 +100,7 @@ def everything(approval: Path) -> Json:
         expectedRunId="run-1",
         expectedIteration=1,
         expectedApprovalDigest=hashlib.sha256(approval.read_bytes()).hexdigest(),
-        requestedAt="2099-01-02T03:04:05Z",
+        requestedAt=clock.now(),
     )
 
 
@@ -123,7 +124,7 @@ CIRCUMSTANCES: dict[str, Callable[[Json], Json]] = {
     "no traceId": lambda base: _without(base, "traceId"),
     "provenance": lambda base: {**base, "provenance": {"managerId": "manager-2", "host": "host-2", "attempt": 2}},
     "no provenance": lambda base: _without(base, "provenance"),
-    "requestedAt": lambda base: {**base, "requestedAt": "2099-01-02T03:04:06Z"},
+    "requestedAt": lambda base: {**base, "requestedAt": "2026-01-02T03:04:06Z"},
     "no requestedAt": lambda base: _without(base, "requestedAt"),
     "confirmation.timeoutSeconds": lambda base: _confirming(base, timeoutSeconds=1),
     "no confirmation": lambda base: _without(base, "confirmation"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sprite_agent.callers import Caller, Proof
 from sprite_agent.contract.validation import violations
+from sprite_agent.control import executor
 from sprite_agent.control.executors import EXECUTOR
 from sprite_agent.control.journal_file import open_journal
 from sprite_agent.control.state_folder import StateFolder
@@ -32,7 +35,6 @@ from support.runtime import LOOKS_ONCE, SKIPS, again, executions, mark_in, reque
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable
-    from pathlib import Path
 
     from sprite_agent.repo import Repo
     from support.repos import LoopFiles
@@ -396,3 +398,25 @@ def test_what_sandbox_code_writes_about_a_key_is_no_row(repo: Repo, loop: LoopFi
     assert (result["replayed"], result["executed"]) == (False, True)
     assert len(executions(loop)) == 1
     assert result["command"][0] == str(STANDIN)
+
+
+def test_a_result_that_can_not_be_read_at_the_moment_is_not_taken_for_none(
+    make_repo: MakeRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = make_repo(script(tmp_path / "superloop", "exit 3"))
+    left = Path.read_bytes
+    failed: list[Path] = []
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == executor.RESULT and len(failed) < 2:
+            failed.append(path)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return left(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    for _ in range(2):
+        with pytest.raises(InternalError) as unknown:
+            repo.execute(request(confirmation=SKIPS))
+        assert unknown.value.executed is None
+
+    assert repo.execute(request(confirmation=SKIPS))["exitCode"] == 3

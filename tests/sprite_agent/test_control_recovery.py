@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from sprite_agent.control import engine as control
+from sprite_agent.control import executor
 from sprite_agent.control.evidence import take_baseline
 from sprite_agent.control.executions import CommandOutcome
 from sprite_agent.control.results import executed_result
@@ -40,7 +42,6 @@ from support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from sprite_agent.contract.envelopes import ControlResult
     from sprite_agent.control.journal_rows import Entry
@@ -461,3 +462,41 @@ def test_a_key_is_run_at_most_once_whenever_the_agent_is_killed(
     assert result["executed"]
     assert result["replayed"] or before == 0
     assert result["status"] == "confirmed"
+
+
+def test_a_process_of_this_boot_is_no_orphan_of_an_earlier_one(make_repo: MakeRepo, state: Path) -> None:
+    repo = make_repo()
+    with opened(state) as journal:
+        entry = begun(journal, boot_id="another boot")
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        place = state / "executions" / entry.execution_id
+        place.mkdir(parents=True)
+        (place / executor.PROCESS).write_bytes(Path(f"/proc/{other.pid}/stat").read_bytes())
+        (place / executor.STARTED).touch()
+        try:
+            assert repo.execute(request())["reason"] == "interrupted"
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_key_that_is_begun_while_the_journal_is_closed_is_nobodys(
+    make_repo: MakeRepo, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = make_repo(script(tmp_path / "superloop", f"touch {tmp_path}/ran"))
+    journal = repo._engine.journal  # noqa: SLF001  # nothing else comes between two of its steps
+    unfinished = journal.unfinished
+    with ThreadPoolExecutor() as pool:
+
+        def with_another() -> Any:
+            found = unfinished()
+            pool.submit(repo.execute, request(confirmation=SKIPS))
+            time.sleep(0.2)  # it waits for its turn; without that it would have begun by now
+            return found
+
+        monkeypatch.setattr(journal, "unfinished", with_another)
+        repo.close()
+
+    with opened(state) as left:
+        assert left.unfinished() == []
+    assert not (tmp_path / "ran").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -13,10 +15,12 @@ import pytest
 
 from sprite_agent.callers import Caller, Proof
 from sprite_agent.contract.requests import fingerprint
+from sprite_agent.control import journal_file
 from sprite_agent.control.audit import find_break
 from sprite_agent.control.journal import KEPT_ROWS, RETENTION_SECONDS
 from sprite_agent.control.journal_file import open_journal
 from sprite_agent.control.processes import this_boot
+from sprite_agent.control.results import interrupted_result
 from sprite_agent.errors import IdempotencyKeyReused, JournalCorrupt, SignatureReplayed
 from support.journals import begun, new_row, opened, sql
 from support.repos import LOOP
@@ -504,3 +508,21 @@ def test_opening_a_journal_twice_changes_nothing(state: Path, path: Path) -> Non
         "journal.id",
         "ballast",
     }
+
+
+def test_an_outcome_is_recorded_once_whoever_looks_at_all_of_the_journal_has_ended(
+    state: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_file, "BUSY_TIMEOUT", 0.05)
+    with opened(state) as journal:
+        entry = begun(journal)
+        reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM control").fetchone()
+        ending = threading.Timer(0.5, lambda: reader.execute("ROLLBACK"))
+        ending.start()
+        try:
+            assert journal.record(entry, interrupted_result(entry.result)).state == "executed"
+        finally:
+            ending.join()
+            reader.close()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprite_agent.control import journal_file
 from sprite_agent.control.journal import Journal
 from sprite_agent.control.journal_file import find_faults, open_journal, put_aside, read_audit
 from sprite_agent.errors import JournalCorrupt, JournalUnavailable
@@ -465,3 +466,50 @@ def test_who_holds_a_journal_for_a_moment_is_waited_for(loop: LoopFiles, state: 
 
         assert waiting.result().sequence == 1
     journal.close()
+
+
+def test_who_looks_at_a_journal_that_is_put_aside_meanwhile_makes_none_in_its_place(
+    state: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(state):
+        pass
+    connect = journal_file._connect  # noqa: SLF001  # nothing else comes between looking and opening
+
+    def put_aside_first(place: Path) -> sqlite3.Connection:
+        monkeypatch.setattr(journal_file, "_connect", connect)
+        put_aside(place)
+        return connect(place)
+
+    monkeypatch.setattr(journal_file, "_connect", put_aside_first)
+    with pytest.raises((JournalCorrupt, JournalUnavailable)):
+        read_audit(path)
+
+    assert not path.exists()
+    with opened(state):  # as `journal reset` does next
+        pass
+
+
+def test_a_journal_that_can_not_be_trusted_is_looked_at_again_when_it_has_changed(
+    make_repo: MakeRepo, loop: LoopFiles, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(state) as journal:
+        begun(journal)
+    marker = state / "journal.id"
+    said = marker.read_text()
+    marker.write_text("another\n")
+    looks = 0
+    judge = journal_file.open_journal
+
+    def counted(path: Path) -> Any:
+        nonlocal looks
+        looks += 1
+        return judge(path)
+
+    monkeypatch.setattr("sprite_agent.control.journal.open_journal", counted)
+    repo = make_repo()
+    for _ in range(3):
+        assert isinstance(repo.control_fault(), JournalCorrupt)
+    assert looks == 1
+
+    marker.write_text(said)
+    assert repo.control_fault() is None

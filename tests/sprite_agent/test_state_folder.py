@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -249,3 +250,12 @@ def test_a_ballast_for_which_there_is_no_room_leaves_nothing_behind(
     with pytest.raises(OSError, match="No space left"):
         folder.ensure_ballast()
     assert list(state.iterdir()) == []
+
+
+def test_a_draft_of_the_ballast_that_a_killed_process_has_left_is_used_again(loop: LoopFiles, state: Path) -> None:
+    folder = made_folder(state, loop)
+    (state / f".ballast.{os.getpid()}.{threading.get_ident()}").touch()
+
+    folder.ensure_ballast()
+
+    assert folder.ballast.stat().st_size == BALLAST_BYTES

@@ -10,6 +10,7 @@ process that is, and a killed agent's executor goes on holding it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import uuid
@@ -120,8 +121,7 @@ class ControlEngine:
         """
         self._executions.close()
         if self._journal is not None:
-            self._give_up(self._journal)
-            self._journal.close()
+            self._journal.close(functools.partial(self._give_up, self._journal))
 
     @property
     def journal(self) -> Journal:

@@ -37,6 +37,10 @@ MOST_PATIENCE = 60.0
 """Seconds to go on trying to record how a command ended: to check a large journal keeps every commit waiting."""
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewRow:
     """What is known of a key before anything is run for it."""
@@ -62,7 +66,7 @@ class Journal:
             JournalUnavailable: it can't be opened or written.
         """
         # Guards the one connection; never held while a command runs.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._folder = folder
         self._path = folder.journal
         self._tables, self.id = open_journal(self._path)
@@ -73,9 +77,10 @@ class Journal:
             self._tables.close()
             raise
 
-    def close(self) -> None:
-        """Closes the file."""
+    def close(self, last: Callable[[], None] = _nothing) -> None:
+        """Does what is last to be done, and closes the file; nobody else comes between."""
         with self._lock:
+            last()
             self._tables.close()
 
     def check_place(self) -> None:
