@@ -31,8 +31,14 @@ def test_ratios_are_of_pairs_so_that_a_slow_round_cancels_out() -> None:
 
 
 def test_noise_is_the_farther_quartile_of_the_same_code_against_itself() -> None:
-    assert noise([0.8, 0.9, 1.0, 1.05, 1.1], [1, 1, 1, 1, 1]) == pytest.approx(0.1)
+    assert noise([0.8, 0.8, 1.0, 1.05, 1.1], [1, 1, 1, 1, 1]) == pytest.approx(0.25)
     assert noise([1, 1, 1.3, 1.4, 1.5], [1, 1, 1, 1, 1]) == pytest.approx(0.4)
+
+
+def test_noise_is_the_same_whichever_of_the_two_is_called_the_first() -> None:
+    one, again = [1.0, 1.1, 0.9], [2.1, 2.2, 1.9]
+
+    assert noise(one, again) == pytest.approx(noise(again, one))
 
 
 @pytest.mark.parametrize(

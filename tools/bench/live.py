@@ -177,10 +177,10 @@ def _hurried(
 
 
 def _spread_of(rounds: list[tuple[list[float], float]]) -> float:
-    """How far the rounds of a writer lie from their median."""
+    """How far the rounds of a writer lie from their median, as a factor less 1."""
     found = spread([quantile(delays, 0.99) for delays, _ in rounds])
     low, high = found.quartiles
-    return max(found.median - low, high - found.median) / found.median
+    return max(found.median / low, high / found.median) - 1
 
 
 def _idle(plan: Plan, scene: _Scene) -> list[Figure]:

@@ -21,7 +21,7 @@ class Figure:
     unit: str
     spread: Spread
     noise: float = 0.0
-    """How far the same code, measured twice in this run, differs: a part of 1. 0: nothing that noise could move."""
+    """How far the same code, measured twice in this run, differs: a factor less 1. 0: nothing that noise could move."""
 
     @property
     def target(self) -> Target | None:

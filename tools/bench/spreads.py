@@ -49,6 +49,8 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread
 
 
 def noise(first: Sequence[float], second: Sequence[float]) -> float:
-    """How far the same code differs from itself: the farther quartile of the paired ratios, as a part of 1."""
-    low, high = ratios(first, second).quartiles
-    return max(abs(1 - low), abs(high - 1))
+    """How far the same code differs from itself: the farther quartile of the paired ratios, as a factor less 1.
+
+    Half as long is as far as twice as long: which of the two is called the first is chance.
+    """
+    return max(ratios(first, second).quartiles[1], ratios(second, first).quartiles[1]) - 1
