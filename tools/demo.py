@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ class Runtime:
     def __init__(self, repo: Path) -> None:
         given = os.environ.get("SUPERLOOP_BIN")
         self.command = str(Path(given).resolve()) if given else str(STAND_IN)
-        self.is_real = given is not None
+        self.is_real = self.command != str(STAND_IN)  # the README's first five minutes name the stand-in there
         self._repo = repo
         self._pace = repo / ".superloop" / "demo-pace"
 
@@ -321,4 +322,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the processes are ended
     main()
