@@ -6,13 +6,26 @@
 set -u
 [ $# -gt 0 ] || { echo "usage: supervise.sh serve --repo ... --listen ..." >&2; exit 64; }
 agent=${SPRITE_AGENT:-sprite-agent}
+# Ctrl-C goes to all of a terminal's group: told by it and by us, the agent would end at once. So it has a session.
+own=$(command -v setsid) || own=
 stopping=
+told=
 pause=1
 child=
+code=0
 
 forward() {
     stopping=yes
-    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+    [ -z "$child" ] || tell
+}
+tell() {
+    told=yes
+    kill -TERM "$child" 2>/dev/null
+}
+started() {
+    child=$1
+    # A signal that came just before had nobody to be passed on to, and is lost until this has become the program.
+    [ -z "$stopping" ] || [ -n "$told" ] || { sleep 1; [ -n "$told" ] || tell; }
 }
 reload() {
     [ -z "$child" ] || kill -HUP "$child" 2>/dev/null
@@ -20,10 +33,9 @@ reload() {
 trap forward TERM INT
 trap reload HUP
 
-while [ -z "$stopping" ]; do
-    began=$(date +%s)
-    "$agent" "$@" &
-    child=$!
+while began=$(date +%s) && [ -z "$stopping" ]; do
+    $own "$agent" "$@" &
+    started $!
     code=0
     wait "$child" || code=$?
     # A signal ends the wait, not the agent.
@@ -38,7 +50,7 @@ while [ -z "$stopping" ]; do
     [ $(($(date +%s) - began)) -lt 60 ] || pause=1
     echo "supervise: sprite-agent ended with $code; starting it again in $pause s" >&2
     sleep "$pause" &
-    child=$!
+    started $!
     wait "$child"
     child=
     pause=$((pause * 2))
