@@ -52,7 +52,9 @@ def run(plan: Plan) -> Result:
         total = fleet.tally
         found += _openings(plan, fleet, sizes[-1])
     found += _bare(plan, sizes[-1])
-    found += _saturate(plan)
+    saturated, caught_up = _saturate(plan)
+    found += saturated
+    total += caught_up
     medians = {figure.key: figure.spread.median for figure in found}
     by_streams = {
         name: tuple((float(streams), medians[f"fanin.{streams}.{name}"]) for streams in sizes)
@@ -213,7 +215,7 @@ def _bare(plan: Plan, streams: int) -> list[Figure]:
     ]
 
 
-def _saturate(plan: Plan) -> list[Figure]:
+def _saturate(plan: Plan) -> tuple[list[Figure], Tally]:
     """Peak memory per stream, above a manager that has none, while many streams catch up at once."""
     streams, lines = plan.sized(SATURATED), plan.sized(BACKLOG)
     log = plan.logs.log("small", lines)
@@ -221,6 +223,7 @@ def _saturate(plan: Plan) -> list[Figure]:
     for number in range(streams):
         add_loop(repo, f"loop-{number}", log)
     figures = []
+    total = Tally()
     with Agent(repo, "--max-streams-per-caller", "200") as agent:
         places = [Place(server=agent.server, loop=f"loop-{number}", after=0) for number in range(streams)]
         for slots in (0, SLOTS):
@@ -232,8 +235,9 @@ def _saturate(plan: Plan) -> list[Figure]:
                 forget_peak(worker.pid)
                 seconds = worker.call(followers.follow, places, slots, patience=PATIENCE)
                 each = (peak_memory(worker.pid) - before) / streams / 1024
+                total += worker.call(followers.collect, lines).tally
             key = "fanin.saturated_memory" if slots else "fanin.unlimited_memory"
             figures.append(figure(key, each, "KiB", text=f"memory of each saturated stream, {limit}"))
             rate = streams * lines / seconds
             figures.append(figure(f"{key}_rate", rate, "events/s", text=f"{streams} streams catching up, {limit}"))
-    return figures
+    return figures, total

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOOK = 0.02
 """Seconds between two looks at whether everything has come."""
+_LOST_AFTER = 20.0
+"""Seconds without a line on a stream that should have more: they will not come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +63,17 @@ class Followers:
         await _unless_failed(self._tasks, self._caught_up.wait())
 
     async def received(self, lines: int) -> None:
-        """Returns once each has got so many events."""
+        """Returns once each has got so many events, or nothing has come for so long that what is missing is lost."""
 
         async def all_here() -> None:
-            while any(len(follower.numbers) < lines for follower in self.each):  # noqa: ASYNC110  # counted anew
-                await asyncio.sleep(_LOOK)
+            for follower in self.each:
+                seen, since = -1, 0.0
+                while len(follower.numbers) < lines:
+                    if len(follower.numbers) != seen:
+                        seen, since = len(follower.numbers), time.monotonic()
+                    elif time.monotonic() - since > _LOST_AFTER:
+                        break
+                    await asyncio.sleep(_LOOK)
 
         await _unless_failed(self._tasks, all_here())
 
@@ -166,7 +174,7 @@ async def follow(places: Sequence[Place], slots: int = 0) -> float:
 
 
 async def collect(lines: int) -> Deliveries:
-    """What came, once each stream has got so many lines; the streams are closed then."""
+    """What came, once each stream has got so many lines or gets no more; the streams are closed then."""
     followers = _followers[-1]
     await followers.received(lines)
     await asyncio.sleep(_LOOK)  # for what comes doubled
