@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import sys
@@ -98,6 +99,7 @@ def main(
     """  # noqa: D301, D415  # \b keeps click from filling the list
     if unknown := [name for name in what if name not in BENCHMARKS]:
         raise click.UsageError(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    _check_writable(json_file, chart_file)
     if "reference" in what and reference_folder is None:
         raise click.UsageError("reference needs --reference DIR")
     adapters = None
@@ -134,6 +136,13 @@ def main(
         raise Complaints("\n".join(complaints))
 
 
+def _check_writable(*files: str | Path | None) -> None:
+    """Before anything is measured: afterwards it would be lost."""
+    for file in files:
+        if file not in (None, "-") and not os.access(Path(str(file)).absolute().parent, os.W_OK):
+            raise click.UsageError(f"{file} can't be written: look at its folder")
+
+
 class Complaints(Exception):
     """The report is out, and not everything in it is as it should be; a line for each."""
 
@@ -167,5 +176,7 @@ def run(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)  # so that the processes are ended
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, _end)  # so that the processes are ended
     sys.exit(run())

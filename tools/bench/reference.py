@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -99,9 +100,19 @@ def _script(folder: Path, name: str) -> Path:
 
 def _milliseconds(command: list[str]) -> float:
     began = time.perf_counter()
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=TIMEOUT, env=os.environ
-    )
-    if done.returncode:
-        raise ReferenceMissing(f"reference: {' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as script:
+        try:
+            _, complaint = script.communicate(timeout=TIMEOUT)
+        except BaseException:
+            os.killpg(script.pid, signal.SIGKILL)  # with what it has started
+            raise
+    if script.returncode:
+        raise ReferenceMissing(f"reference: {' '.join(command)} ended with {script.returncode}: {complaint.strip()}")
     return (time.perf_counter() - began) * 1e3
