@@ -76,11 +76,12 @@ def run(plan: Plan) -> Result:
         before = len(count.read_bytes())
         worker.call(race, agent.server, keys.new())
         executions = len(count.read_bytes()) - before
-    own = [new - bare for new, bare in zip(rounds["new"], rounds["command"], strict=True)]
-    differs = noise(rounds["again"], rounds["new"])
+    own, again = (
+        [whole - bare for whole, bare in zip(rounds[arm], rounds["command"], strict=True)] for arm in ("new", "again")
+    )
     return Result(
         figures=(
-            figure("control.to_fdatasync", ratios(own, rounds["fdatasync"]), noise=differs),
+            figure("control.to_fdatasync", ratios(own, rounds["fdatasync"]), noise=noise(again, own)),
             figure("control.executions", executions),
             figure("control.own", spread(own), "ms", text="ExecuteControl minus its command"),
             *(figure(f"control.{name}", rounds[name], "ms", text=text) for name, text in NAMES.items()),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MOST = 2000
 """Streams, as the next."""
 STREAMS: Sized[tuple[int, ...]] = Sized(full=(100, 500, MOST), gate=(100,), quick=(10, 40))
-OPENINGS = Sized(full=6, quick=2)
+OPENINGS = Sized(full=8, quick=2)
 """Rounds of opening all of them, and as many bare ones. An even number."""
 IDLE_SECONDS = Sized(full=4.0, quick=1.0)
 EVENTS = Sized(full=8, gate=4, quick=2)
