@@ -157,6 +157,8 @@ def test_the_adapters_of_a_checkout_are_timed_on_the_same_log_and_the_version_of
     assert found["notes"] == {"jq": "jq-1.7.1"}
     assert "jq-1.7.1" in figures["reference.poll"]["text"]
     assert figures["reference.snapshot"]["median"] >= 200
+    assert figures["reference.snapshot_to_own"]["median"] > 0
+    assert figures["reference.poll_to_own"]["median"] > 0
     assert 0 < figures["reference.poll"]["median"] < figures["reference.snapshot"]["median"]
     assert asked.read_text().splitlines()[0].split()[4:] == ["--from-start"]
 

@@ -40,7 +40,7 @@ def _cpu() -> str:
 
 def _file_system(folder: Path) -> str:
     """The type of the mount that holds `folder`."""
-    place = str(folder.resolve())
+    place = folder.resolve()
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    holding = [(len(mount), kind) for mount, kind in mounts if place.startswith(mount)]
+    holding = [(len(mount), kind) for mount, kind in mounts if place.is_relative_to(mount)]
     return max(holding)[1] if holding else "unknown"

@@ -1,4 +1,4 @@
-"""reference: the existing bash and jq adapters on the same logs. Runs only where a checkout of them is given.
+"""reference: the existing bash and jq adapters, and opsmgr beside them. Runs only where a checkout of them is given.
 
 The version of jq decides the figures: an old one takes 16 ms to start and a newer one 2 ms, and
 the adapters start it about eleven times for each event.
@@ -10,22 +10,24 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.bench.logs import LOOP, add_loop
 from tools.bench.plan import Sized
 from tools.bench.results import Result, figure
 from tools.bench.rounds import interleaved
+from tools.bench.spreads import ratios
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tools.bench.plan import Plan
 
 EVENTS = Sized(full=20, quick=2)
+OPSMGR = str(Path(sys.executable).with_name("opsmgr"))
 TIMEOUT = 120.0
 """Seconds for one start of a script."""
 
@@ -59,7 +61,7 @@ def find(folder: Path, *, poll_events: str, snapshot: str) -> Adapters:
 
 
 def run(plan: Plan) -> Result:
-    """Times their poll of new events, and their snapshot."""
+    """Times their poll of new events, and their snapshot, in turn with a process of ours that does the same."""
     adapters = plan.adapters
     if adapters is None:
         raise ReferenceMissing("reference needs --reference DIR, a checkout of the existing adapters")
@@ -70,6 +72,8 @@ def run(plan: Plan) -> Result:
     arms = {
         "poll": partial(_milliseconds, [adapters.bash, str(adapters.poll_events), *where, "--from-start"]),
         "snapshot": partial(_milliseconds, [adapters.bash, str(adapters.snapshot), *where]),
+        "own poll": partial(_milliseconds, [OPSMGR, "events", *where]),
+        "own snapshot": partial(_milliseconds, [OPSMGR, "snapshot", *where]),
     }
     rounds = interleaved(plan, "reference", arms)
     asked = subprocess.run([adapters.jq, "--version"], capture_output=True, text=True, check=True, timeout=10)
@@ -79,6 +83,16 @@ def run(plan: Plan) -> Result:
         figures=(
             figure("reference.poll", per_event, "ms", text=f"reference: poll, per event of {events}, {version}"),
             figure("reference.snapshot", rounds["snapshot"], "ms", text=f"reference: snapshot, {version}"),
+            figure(
+                "reference.poll_to_own",
+                ratios(rounds["poll"], rounds["own poll"]),
+                text=f"reference: poll of {events} events / opsmgr events, a process each",
+            ),
+            figure(
+                "reference.snapshot_to_own",
+                ratios(rounds["snapshot"], rounds["own snapshot"]),
+                text="reference: snapshot / opsmgr snapshot, a process each",
+            ),
         ),
         notes={"jq": version},
     )
