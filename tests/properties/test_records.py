@@ -40,6 +40,8 @@ PIECES = [
     b"]}\n",
     b"\n",
     b" \t\r\n",
+    b" " * (LIMIT - 1) + b"\n",
+    b" " * LIMIT + b"\n",
     b"not json\n",
     b"[1]\n",
     b'{"a": NaN}\n',
@@ -103,7 +105,7 @@ def by_the_book(log: bytes, longest: int = LIMIT) -> list[tuple[int, int, bool]]
         last = last_line_of_object(lines, torn, at, longest)
         if last is None:
             break
-        if lines[at].strip():
+        if lines[at].strip() or len(lines[at]) >= longest:
             found.append((at + 1, max(last, at) + 1, last >= at))
         at = max(last, at) + 1
     return found

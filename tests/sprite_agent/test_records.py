@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sprite_agent.event_log import record_reader
 from sprite_agent.event_log.json_prefix import ObjectPrefix
 from sprite_agent.event_log.record_reader import RecordReader
 from sprite_agent.event_log.records import MAX_RECORD_BYTES, Position, Record
@@ -331,3 +332,16 @@ def test_a_hostile_log_takes_no_more_memory_than_a_few_times_its_longest_record(
         tracemalloc.stop()
 
     assert peak < 2 * MAX_RECORD_BYTES
+
+
+def test_a_record_that_is_never_closed_takes_no_more_memory_the_longer_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(record_reader, "MAX_RECORD_BYTES", 10_000)
+    reader = RecordReader()
+    block = b'{"a": [\n' + b"{\n}\n,\n" * 800
+    for _ in range(20):  # the outermost is given up, and the one inside it is still open
+        fed(reader, block)
+
+    assert reader._opening is not None  # noqa: SLF001
+    assert len(reader._opening.prefix.spans) <= 4 * 800  # noqa: SLF001

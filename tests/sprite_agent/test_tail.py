@@ -21,7 +21,7 @@ from sprite_agent.event_log import newest, window
 from sprite_agent.event_log import tail as tail_module
 from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.log import EventLog
-from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS, Newest
 from sprite_agent.repo import Repo
 from support.following import Follower, come_to_rest, lines_of
 from support.repos import LOOP, LoopFiles, event, line
@@ -303,6 +303,45 @@ async def test_more_at_once_than_is_kept_is_read_from_the_file(
 
         for follower in followers:
             assert await follower.until_lines(1002) == list(range(1, 1003))
+
+
+async def test_what_others_see_of_the_log_while_no_follower_takes_is_not_kept_for_ever(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newest, "MAX_PORTIONS", 10)
+    async with following(repo, loop, 1) as (follower,):
+        index = repo._log(LOOP)._index  # noqa: SLF001
+        assert index._newest is not None  # noqa: SLF001
+        for _ in range(50):
+            loop.append(b"\n")
+            repo.read_loop(LOOP)
+            assert len(index._newest._portions) <= 10  # noqa: SLF001
+
+        loop.append(numbered(3, 3))
+        assert await follower.until_lines(3) == [1, 2, 53]
+
+
+async def test_a_record_whose_last_bytes_come_by_themselves_is_judged_in_another_thread(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    add = Newest.add
+
+    def noting(*words: Any) -> None:
+        threads.append(threading.current_thread().name)
+        add(*words)
+
+    async with following(repo, loop, 1) as (follower,):
+        text = numbered(3, 3, width=300_000)
+        index = repo._log(LOOP)._index  # noqa: SLF001
+        asking = asyncio.ensure_future(follower.until_lines(3))
+        loop.append(text[:-1])
+        await eventually(lambda: index.end == loop.log.stat().st_size, "the torn line was read")
+        monkeypatch.setattr(Newest, "add", noting)
+        loop.append(text[-1:])
+        await asyncio.wait_for(asking, 10)
+
+    assert [name for name in threads if not name.startswith("log")] == []
 
 
 async def test_a_malformed_record_ends_those_who_do_not_skip_it_after_what_came_before(

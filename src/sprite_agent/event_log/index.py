@@ -114,6 +114,11 @@ class LogIndex:
         return self._trail.end
 
     @property
+    def finished(self) -> int:
+        """Bytes of what is finished of that: the records, and the blank lines after them."""
+        return self._records.boundary.offset
+
+    @property
     def is_sure(self) -> bool:
         """Whether the file held what was read, for certain, when it was looked at last."""
         return self._stamp is not None and self._rereading.covers(self._stamp)

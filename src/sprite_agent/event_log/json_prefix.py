@@ -102,6 +102,13 @@ class ObjectPrefix:
         is_there = seen < len(self._span_firsts) and self._span_firsts[seen] == first
         return (self._span_lasts[seen] if is_there else first), seen
 
+    def forget(self, seen: int) -> int:
+        """Drops the objects inside that were seen so far, once they are the larger part; what `seen` is then."""
+        if 2 * seen < len(self._span_firsts):
+            return seen
+        del self._span_firsts[:seen], self._span_lasts[:seen]
+        return 0
+
     def is_open(self, line: int) -> bool:
         """Whether an object that begins `line` is still open."""
         return line in self._begun

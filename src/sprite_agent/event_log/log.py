@@ -143,11 +143,16 @@ class EventLog:
             self._index.advance(log, Aim(), background=_BESIDE)
 
     def is_quick(self, stamp: LogStamp | None) -> bool:
-        """Whether so little of what a log with this stamp holds was not read yet that a look takes no time.
+        """Whether so little of what a log with this stamp holds is yet to be read and judged that a look takes no time.
 
         Then the way to another thread would take longer; but nobody else may be at work on it, and none waits here.
         """
-        return stamp is not None and 0 <= stamp.content.size - self._index.end <= _LITTLE and not self._lock.locked()
+        # What was read of a record that is not finished has yet to be judged, as a whole.
+        return (
+            stamp is not None
+            and self._index.end <= stamp.content.size <= self._index.finished + _LITTLE
+            and not self._lock.locked()
+        )
 
     def stamp(self) -> LogStamp | None:
         """What the file at the log's path looks like, in a few microseconds: a hint whether to look at it, no more."""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 MAX_BATCH_EVENTS = 200
 MAX_BATCH_BYTES = 128 * 1024
 """Of raw records; one that is longer makes a portion of its own."""
+MAX_PORTIONS = 4096
 _MAX_KEPT = 4 * 1024 * 1024
-"""Bytes that nobody has taken yet, about. What comes faster is read from the file."""
+"""Portions, and bytes of them, that nobody has taken yet, about. What comes faster is read from the file."""
 
 
 class Portion(NamedTuple):
@@ -79,7 +80,7 @@ class Newest:
         if end.offset == self._start:
             return
         self._kept += self._size
-        if self._kept > _MAX_KEPT:
+        if self._kept > _MAX_KEPT or len(self._portions) == MAX_PORTIONS:
             self._portions.clear()
             self._kept = self._size
         self._portions.append(Portion(self._start, end, token, self._events, self._records, self._size))

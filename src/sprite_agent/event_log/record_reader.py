@@ -8,6 +8,7 @@ goes on at the next. A record that is not closed yet is not yet a record.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import sys
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _NOT_CONTINUED = "the beginning of an object that the next lines do not go on with"
 _INTERRUPTED = "an object that an overlong line interrupts"
 _SPACE = ord(" ")
-_BLANK_LINES = re.compile(rb"(?:[ \t\r\x0b\x0c]*+\n)++")
 _LINES_AT_ONCE = 512
 """Some milliseconds' worth of lines that end no record."""
 
@@ -100,7 +100,7 @@ class RecordReader:
         lines: list[bytes] = []  # some of what comes, cut up once; those before number `done` are behind
         while (end := data.find(b"\n", at)) >= 0:
             if self._opening is None:
-                if data[at] <= _SPACE and (blank := _BLANK_LINES.match(data, at)):
+                if data[at] <= _SPACE and (blank := _blank_lines(MAX_RECORD_BYTES).match(data, at)):
                     self._pass(blank[0])
                     self._boundary = (self.lines, self._offset)
                     at, done = blank.end(), done + blank[0].count(b"\n")
@@ -221,7 +221,7 @@ class RecordReader:
                 yield from self._take_alone(part, opening.prefix, number, fault)
             at, number = end, last + 1
         del text[:at]
-        opening.first, opening.seen = number, seen
+        opening.first, opening.seen = number, opening.prefix.forget(seen)
         self.lines, self._offset = reached
 
     def _take_alone(self, text: bytes, around: ObjectPrefix, number: int, fault: str) -> Iterator[Record | None]:
@@ -250,6 +250,12 @@ class RecordReader:
     def _pass(self, text: bytes) -> None:
         self.lines += text.count(b"\n")
         self._offset += len(text)
+
+
+@functools.cache
+def _blank_lines(longest: int) -> re.Pattern[bytes]:
+    """Blank lines, none of which is longer, newline included."""
+    return re.compile(rb"(?:[ \t\r\x0b\x0c]{0,%d}+\n)++" % (longest - 1))
 
 
 def _json_lines(lines: list[bytes]) -> int:

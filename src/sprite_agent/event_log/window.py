@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.contract import clock
 from sprite_agent.contract.streaming import EventBatch
-from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
+from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS, MAX_PORTIONS
 
 if TYPE_CHECKING:
     from sprite_agent.event_log.newest import Portion
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _MAX_KEPT = 4 * 1024 * 1024
 """Bytes of records, about."""
-_MAX_PORTIONS = 4096
 _MAX_AGE = 2.0
 """Seconds, to twice as many. Whoever is that far behind reads for themselves, and all that is kept of many logs for
 nobody would have the interpreter look through it for cycles.
@@ -68,7 +67,7 @@ class Window:
         self._portions.append(portion)
         self._places[portion.end.offset] = self._next_number
         self._kept += portion.size
-        while len(self._portions) > 1 and (self._kept > _MAX_KEPT or len(self._portions) > _MAX_PORTIONS):
+        while len(self._portions) > 1 and (self._kept > _MAX_KEPT or len(self._portions) > MAX_PORTIONS):
             self._drop()
 
     def tell(self, *, lines: int, is_all: bool) -> None:
