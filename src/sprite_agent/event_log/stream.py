@@ -66,8 +66,8 @@ def stream_events(
     """The batches of one subscription, of raw events where `raw`: the first at once, with or without events.
 
     Where the first may take a while, as the log has to be read, `before_waiting` is called before. A stream that
-    `end` ends gives out a last batch, which says where to resume. Nothing of a batch is kept while its reader has it:
-    parsed, it can be many times as large as its text.
+    `end` ends gives out a last batch, which says where to resume, unless it had not begun yet. Nothing of a batch is
+    kept while its reader has it: parsed, it can be many times as large as its text.
 
     Raises:
         EventMalformed: after everything before the malformed record was given out.

@@ -366,7 +366,8 @@ class StreamEventsRequest(_message.Message):
     """The loop: [A-Za-z0-9][A-Za-z0-9._-]{0,63}, no ".."."""
     event_line_offset: _builtins.int
     """After this line (so 0: at the first). Nothing tells whether it is still the same
-    log.
+    log. A line within an object over several that is not closed yet stands for the
+    place before that object.
     """
     resume_token: _builtins.str
     """After what this token covers; from a response of this or another stream, or a
