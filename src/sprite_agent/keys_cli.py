@@ -101,6 +101,8 @@ def pair(
     from sprite_agent.face.credential_edits import WantedKey, add_key
     from sprite_agent.face.credential_text import check_key_names, key_entry
 
+    if sprite_id == "":
+        raise click.UsageError("--sprite-id is empty: no Sprite is called so; leave it out for any")
     try:
         check_key_names(key_id, issuer)
     except ValueError as error:
@@ -151,11 +153,13 @@ def list_(*, token_file: Path | None, trusted_keys: Path | None, json: bool) -> 
 @_JSON
 def revoke(*, name: str, token_file: Path | None, trusted_keys: Path | None, json: bool) -> None:
     """Takes a token or a key out of an agent's files. Exits with 1 when nothing has the id: was it another one?"""
-    from sprite_agent.face.credential_edits import revoke_key, revoke_token
+    from sprite_agent.face.credential_edits import read_keys, revoke_key, revoke_token
 
     _need_one(token_file, trusted_keys)
     gone = []
     with _reported():
+        if trusted_keys is not None:
+            read_keys(trusted_keys)  # if that fails, nothing was changed
         if token_file is not None and revoke_token(token_file, name):
             gone.append(f"token {name} is no longer in {token_file}")
         if trusted_keys is not None and revoke_key(trusted_keys, name):

@@ -153,6 +153,7 @@ def test_a_pair_is_made_once_and_its_private_half_never_printed(keys: Any, tmp_p
     [
         (("--issuer", "other"), "trusted.json has another key m1 already"),
         (("--scope", "read"), "trusted.json has another key m1 already"),
+        (("--days", "1"), "trusted.json has another key m1 already"),
         (("--out", "other.json"), "trusted.json has key m1 already, and other.json is not there"),
         (("--kid", "m2"), "key.json holds key m1 of opsmgr-1, and is not overwritten"),
         (("--sprite-id", "s"), "key.json holds key m1 of opsmgr-1, and is not overwritten"),
@@ -205,6 +206,15 @@ def test_what_is_revoked_twice_is_not_there_the_second_time(keys: Any, tmp_path:
     assert keys("list", *files).stdout == "none\n"
 
 
+def test_nothing_is_revoked_where_one_of_the_files_can_not_be_read(keys: Any, tmp_path: Path) -> None:
+    keys(*TOKEN)
+    before = (tmp_path / "tokens").read_bytes()
+
+    keys("revoke", "t1", "--token-file", "tokens", "--trusted-keys", "none.json", code=1)
+
+    assert (tmp_path / "tokens").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -215,6 +225,7 @@ def test_what_is_revoked_twice_is_not_there_the_second_time(keys: Any, tmp_path:
         (("token", "--id", "a", "--scope", "read", "--days", "0"), "0 is not in the range"),
         (("pair", "--kid", "a b", "--issuer", "o", "--out", "k"), "--kid 'a b' is not 1 to 64 of"),
         (("pair", "--kid", "a", "--issuer", "", "--out", "k"), "--issuer '' is not 1 to 64 of"),
+        (("pair", "--kid", "a", "--issuer", "o", "--out", "k", "--sprite-id", ""), "--sprite-id is empty"),
         (("list",), "give --token-file, --trusted-keys, or both"),
         (("revoke", "a"), "give --token-file, --trusted-keys, or both"),
     ],

@@ -59,7 +59,7 @@ class Executions:
         Args:
             folder: where their folders are.
             user: whom the commands run as.
-            timeout: seconds after which a command's session is killed.
+            timeout: seconds after which a command's process group is killed.
             ahead: whether to keep an executor waiting for the next command; `close` ends it.
         """
         self._folder = folder
@@ -133,7 +133,7 @@ class Executions:
         return (self._folder / execution_id / executor.STARTED).exists()
 
     def end_orphan(self, execution_id: str, *, within: float) -> None:
-        """Ends a command whose executor is gone: after `within` seconds its session is killed, if it still lives.
+        """Ends a command whose executor is gone: after `within` seconds its process group is killed, if it still lives.
 
         Raises:
             InternalError: which process it is can't be told at the moment.

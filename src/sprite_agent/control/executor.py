@@ -148,7 +148,7 @@ class Command:
         """Whether it has.
 
         Args:
-            kill: end it with all its session, and wait for that.
+            kill: end it with all its process group, and wait for that.
         """
         if kill and self.exit_code is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):

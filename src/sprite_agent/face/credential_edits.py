@@ -79,7 +79,11 @@ def add_key(wanted: WantedKey, *, private_file: Path, trusted_file: Path | None)
     with changing(trusted_file):
         trusted = read_keys(trusted_file) if trusted_file.exists() else {}
         known = trusted.get(wanted.key_id)
-        if known is not None and (known.issuer, known.scopes) != (wanted.issuer, wanted.scopes):
+        if known is not None and (known.issuer, known.scopes, known.not_after is None) != (
+            wanted.issuer,
+            wanted.scopes,
+            wanted.until is None,
+        ):
             raise ValueError(f"{trusted_file} has another key {known.key_id} already: revoke it, or take another name")
         if known is not None and not private_file.exists():
             raise ValueError(f"{trusted_file} has key {known.key_id} already, and {private_file} is not there")
