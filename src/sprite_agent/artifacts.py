@@ -17,6 +17,7 @@ import os
 import stat
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sprite_agent.contract import json_text
@@ -25,7 +26,6 @@ from sprite_agent.errors import ArtifactMalformed, ArtifactNotRegular, ContractE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from sprite_agent.contract.envelopes import ArtifactRef
     from sprite_agent.contract.json_text import OpenObject
@@ -172,7 +172,11 @@ class ArtifactFiles:
             return
         elif status.st_nlink > 1:
             fault = "belongs to another user than its folder, and has another name"
-        elif not status.st_mode & stat.S_IROTH and status.st_ctime > sought_at - _SETTLED:
+        elif (
+            not status.st_mode & stat.S_IROTH
+            and status.st_ctime > sought_at - _SETTLED
+            and not _hard_links_are_protected()
+        ):
             fault = "belongs to another user than its folder, and may have had another name a moment ago"
         else:
             return
@@ -304,6 +308,15 @@ class ArtifactFiles:
         if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
             return SystemExhausted(fault, retry_after=1.0)
         return ArtifactMalformed(fault, details={"path": path})
+
+
+@functools.cache
+def _hard_links_are_protected() -> bool:
+    """Whether the system lets nobody give a second name to a file that they can't read and write themselves."""
+    try:
+        return Path("/proc/sys/fs/protected_hardlinks").read_text() == "1\n"
+    except OSError:
+        return False
 
 
 class _KeptFolders(ArtifactFiles):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sprite_agent import artifacts
 from sprite_agent.artifacts import (
     ACTIVE_RUN,
     MAX_DOCUMENT_BYTES,
@@ -212,6 +213,7 @@ def test_a_second_name_of_a_file_that_only_somebody_else_may_read_is_refused_if_
             loop.approval.unlink()
         return descriptor
 
+    monkeypatch.setattr(artifacts, "_hard_links_are_protected", lambda: False)
     monkeypatch.setattr(os, "open", then_gone)
     with pytest.raises(ArtifactNotRegular, match="may have had another name"):
         files.read_document(loop_paths(LOOP).approval)
