@@ -116,6 +116,23 @@ def test_a_broken_chain_is_said_to_break_where_it_breaks(
     assert where in documents(checked)[0]["faults"][0]
 
 
+@pytest.mark.parametrize("body", ["[]", "7", "{", '{"caller":"x","loopId":[]}'])
+def test_an_entry_that_somebody_has_made_something_else_of_is_printed_and_said_to_break_the_chain(
+    repo: LoopFiles, state: Path, body: str
+) -> None:
+    with closing(sqlite3.connect(state / "journal.sqlite3")) as tables:
+        tables.execute("UPDATE audit SET body = ? WHERE sequence = 2", (body,))
+        tables.commit()
+
+    printed = call(repo, state, "audit")
+    asked_for = call(repo, state, "audit", "--loop", "demo")
+
+    assert (printed.returncode, asked_for.returncode) == (1, 1)
+    assert [entry["sequence"] for entry in documents(printed)] == [1, 2, 3, 4, 5, 6]
+    for ended in (printed, asked_for):
+        assert "the chain breaks at entry 2" in ended.stderr
+
+
 def test_a_journal_that_can_be_trusted_is_said_to_have_no_faults(repo: LoopFiles, state: Path, tmp_path: Path) -> None:
     whole = call(repo, state, "journal", "check")
     none = call(repo, tmp_path / "unused", "journal", "check")

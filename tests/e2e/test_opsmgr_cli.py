@@ -503,6 +503,17 @@ def test_a_projection_replaces_the_state_file_it_is_given_and_starts_from_it(
     assert not here.store.state.exists()
 
 
+def test_a_projection_does_not_replace_the_state_of_a_manager_at_work(here: _Loop, taken: _Files) -> None:
+    documents(project(here, taken))
+    before = here.store.state.read_bytes()
+    taken.events.write_text("")
+
+    with here.store.locked():
+        assert_one_line(project(here, taken), 1, "LOOP_LOCKED")
+
+    assert here.store.state.read_bytes() == before
+
+
 def test_a_projection_without_events_is_made_of_the_snapshot(here: _Loop, taken: _Files) -> None:
     taken.events.write_text("")
 

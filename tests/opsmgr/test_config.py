@@ -158,6 +158,10 @@ def test_what_is_not_said_has_its_default(tmp_path: Path, monkeypatch: pytest.Mo
             '[[targets]]\nname = "x"\nloop = "a"\nrepo = "r"\n[[targets]]\nname = "y"\nloop = "a"\nrepo = "r"',
             "7: targets.2.loop: target 2 has the same folder for the manager's files as target 1",
         ),
+        (
+            '[[targets]]\nname = "x"\nloop = "a"\nrepo = "r"\n[[targets]]\nname = "y"\nloop = "a"\nrepo = "q/../r"',
+            "7: targets.2.loop: target 2 has the same folder for the manager's files as target 1",
+        ),
         ("[fleet]\npoll_seconds = -1", "2: fleet.poll_seconds: is -1, not a number of seconds above 0"),
         ("[fleet]\npoll_seconds = nan", "2: fleet.poll_seconds: is nan, not a number of seconds above 0"),
         ("[fleet]\nmax_passes = true", "2: fleet.max_passes: is True, not a whole number from 1 on"),
@@ -177,7 +181,7 @@ def test_what_is_not_said_has_its_default(tmp_path: Path, monkeypatch: pytest.Mo
             "2: defaults.state_command: is 'x', not a list of texts",
         ),
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_a_mistake_is_told_with_its_line_and_key(tmp_path: Path, text: str, told: str) -> None:
     assert told in mistakes(tmp_path, text)
@@ -262,3 +266,23 @@ def test_every_key_is_described_and_no_others() -> None:
         "fleet": {field.name for field in fields(FleetSettings)},
         "thresholds": {"file"},
     }
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("bin/superloop", "{folder}/bin/superloop"), ("~/superloop", "{home}/superloop"), ("superloop", "superloop")],
+)
+def test_a_relative_path_of_the_runtime_is_relative_to_the_config_and_a_bare_name_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, meant: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/of/nobody")
+    path = write(tmp_path, f'[[targets]]\nloop = "a"\nrepo = "r"\nsuperloop_bin = "{said}"')
+
+    [target] = load_config(path).targets
+    assert target.superloop_bin == meant.format(folder=tmp_path, home="/home/of/nobody")
+
+
+def test_a_relative_socket_is_relative_to_the_config(tmp_path: Path) -> None:
+    [target] = load_config(write(tmp_path, '[[targets]]\nloop = "a"\naddress = "unix:agent.sock"')).targets
+
+    assert target.address == f"unix:{tmp_path}/agent.sock"

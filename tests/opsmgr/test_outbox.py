@@ -128,3 +128,12 @@ def test_old_settled_rows_are_forgotten_and_old_unknown_ones_are_not(store: Loop
 
     left = {json.loads(path.read_bytes())["key"] for path in files(store)}
     assert left == {"pending", "unknown", "fresh"}
+
+
+@pytest.mark.parametrize(("theirs", "attempts"), [("unknown", 4), ("refused", 2)])
+def test_a_send_is_counted_beside_those_of_another_manager_that_may_have_run_it(
+    store: LoopStore, theirs: Any, attempts: int
+) -> None:
+    Outbox(store).save(row(state=theirs, attempts=3))
+
+    assert Outbox(store).save_attempt(row(attempts=1)).attempts == attempts
