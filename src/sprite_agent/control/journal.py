@@ -281,20 +281,18 @@ class Journal:
 
     def _change_with_ballast(self, change: Callable[[sqlite3.Connection], Any]) -> Any:
         """Commits a change that must not be lost: a full disk is made less full, and a check is let end."""
-        until = time.monotonic() + MOST_PATIENCE
+        until, has_ballast = time.monotonic() + MOST_PATIENCE, True
         while True:
             try:
                 with self._transaction() as tables:
                     return change(tables)
             except JournalUnavailable as error:
                 code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
-                if code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+                if has_ballast and code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
                     self._folder.drop_ballast()
-                    break
-                if code != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                    has_ballast = False
+                elif code != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
                     raise
-        with self._transaction() as tables:
-            return change(tables)
 
     @contextlib.contextmanager
     def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
