@@ -325,7 +325,7 @@ async def test_a_batch_holds_a_bounded_number_of_events(repo: Repo, loop: LoopFi
 
     batches = await replay(repo)
 
-    assert [len(batch.events) for batch in batches] == [200, 200, 1]
+    assert [len(batch.events) for batch in batches] == [MAX_BATCH_EVENTS, MAX_BATCH_EVENTS, 1]
     assert [batch.caught_up for batch in batches] == [False, False, True]
 
 
@@ -350,7 +350,7 @@ async def test_a_batch_holds_a_bounded_number_of_skipped_records(repo: Repo, loo
 
     batches = await replay(repo, skip_malformed=True)
 
-    assert [(len(batch.events), len(batch.skipped)) for batch in batches] == [(0, 200), (1, 1)]
+    assert [(len(batch.events), len(batch.skipped)) for batch in batches] == [(0, MAX_BATCH_EVENTS), (1, 1)]
 
 
 @pytest.mark.parametrize("width", [1000, 40_000, 300_000, 500_000])
@@ -727,7 +727,8 @@ async def test_what_has_come_since_the_end_of_a_log_was_known_is_in_the_first_ba
 async def test_the_end_of_a_log_is_not_known_in_the_midst_of_a_chunk(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop.append(numbered(1500, width=200))
+    lines = 10 * MAX_BATCH_EVENTS
+    loop.append(numbered(lines))
     await asyncio.sleep(0.1)  # by then its times tell of any change
     log = repo._log(LOOP)  # noqa: SLF001  # no stream stops where it is wanted
     builder = EventBuilder(
@@ -750,11 +751,11 @@ async def test_the_end_of_a_log_is_not_known_in_the_midst_of_a_chunk(
         assert goes_on(look)
     monkeypatch.undo()
     passed = log.lines_read
-    assert 0 < passed < 1500
+    assert 0 < passed < lines
 
     found = lines_of(await replay(repo, after_line=passed))
 
-    assert found == list(range(passed + 1, 1501))
+    assert found == list(range(passed + 1, lines + 1))
     log.keep_newest(None)
 
 

@@ -183,7 +183,7 @@ async def test_get_info_states_the_limits(ask: Ask) -> None:
     limits = (await ask("GetInfo", pb.GetInfoRequest())).response.limits
 
     assert (limits.max_request_bytes, limits.max_record_bytes) == (64 * 1024, 1024 * 1024)
-    assert (limits.max_batch_events, limits.max_note_characters) == (200, 2000)
+    assert (limits.max_batch_events, limits.max_note_characters) == (400, 2000)
     assert limits.max_control_deadline.ToSeconds() == 120
     assert limits.max_stream_age.ToSeconds() == 3600
     assert limits.idempotency_retention.ToSeconds() == RETENTION_SECONDS == 7 * 24 * 3600

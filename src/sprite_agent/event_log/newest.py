@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sprite_agent.event_log.records import Position, Record, Run
     from sprite_agent.event_log.resume import Trail
 
-MAX_BATCH_EVENTS = 200
+MAX_BATCH_EVENTS = 400
 MAX_BATCH_BYTES = 128 * 1024
 """Of raw records; one that is longer makes a portion of its own."""
 MAX_PORTIONS = 4096
