@@ -89,8 +89,8 @@ class LogIndex:
     same size is told from a mere `touch`. In the background, with a twentieth of a core: everything, after
     any other change. So a rewrite further up that comes together with new lines is noticed before these
     are seen where the log is small (a few megabytes, for its tail one) and does not change all
-    the time; else within some twenty times what it takes to read the log, as long as somebody follows it.
-    Without a follower each look does one piece.
+    the time; else within some twenty times what it takes to read the log, as long as somebody follows it;
+    ten times that while it is written without pause. Without a follower each look does one piece.
     """
 
     _first_stamp: Stamp | None

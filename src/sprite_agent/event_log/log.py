@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 _LITTLE = 64 * 1024
 """Bytes: reading and judging them takes a millisecond or two, whatever they hold."""
 _NEWEST_BYTES = 256 * 1024
-"""Looked at in one go for who keeps up: it takes some milliseconds until they have the first of it."""
+"""Looked at in one go for who keeps up: it takes a millisecond or two until they have the first of it."""
 _BESIDE = 0.001
 """Seconds of reading again beside those looks: what comes meanwhile waits for it."""
 _MAX_WAITING = 8
@@ -143,14 +143,14 @@ class EventLog:
             self._index.advance(log, Aim(), background=_BESIDE)
 
     def is_quick(self, stamp: LogStamp | None) -> bool:
-        """Whether so little of what a log with this stamp holds is yet to be read and judged that a look takes no time.
+        """Whether no more of what a log with this stamp holds is yet to be read and judged than a look takes at once.
 
         Then the way to another thread would take longer; but nobody else may be at work on it, and none waits here.
         """
         # What was read of a record that is not finished has yet to be judged, as a whole.
         return (
             stamp is not None
-            and self._index.end <= stamp.content.size <= self._index.finished + _LITTLE
+            and self._index.end <= stamp.content.size <= self._index.finished + _NEWEST_BYTES
             and not self._lock.locked()
         )
 

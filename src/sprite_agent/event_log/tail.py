@@ -39,6 +39,8 @@ QUIET_PAUSE = 0.002
 """Seconds from one look at a busy log to the next: at once when it was quiet, never one message per append."""
 UNSURE_PAUSE = 0.02
 """Seconds between looks at a log that was not yet read again since it last changed; each reads a piece of it again."""
+_RARELY = 10
+"""As many times as long between them while it is written without pause: all there is time for is to keep up."""
 SETTLED_PAUSE = 1.0
 """Seconds until the times of a file tell whether it was changed since; a small log is read again with each look."""
 
@@ -284,7 +286,8 @@ class Tail:
         self._is_kept = True
 
     def _is_to_be_reread(self) -> bool:
-        return self._is_large_and_unsure() and time.monotonic() - self._reread_at >= UNSURE_PAUSE
+        pause = UNSURE_PAUSE * (_RARELY if self._changes.is_deaf else 1)
+        return self._is_large_and_unsure() and time.monotonic() - self._reread_at >= pause
 
     def _is_large_and_unsure(self) -> bool:
         """Whether it was not read again since it last changed, and is too large to be with each look."""
