@@ -129,11 +129,10 @@ class _Follower:
         slot: Slot | None = None
         async for batch in batches:
             now = time.monotonic_ns()
-            for event in batch.events:
-                self.numbers.append(event["cursor"]["eventLineOffset"])
-                if "at" in (payload := event["event"]["payload"] or {}):
-                    self.written.append(payload["at"])
-                    self.here.append(now)
+            self.numbers.extend([event["cursor"]["eventLineOffset"] for event in batch.events])
+            written = [found["at"] for event in batch.events if "at" in (found := event["event"]["payload"] or {})]
+            self.written.extend(written)
+            self.here.extend([now] * len(written))
             if (caught_up := batch.caught_up) and not self.has_caught_up:
                 self.has_caught_up = True
                 self.on_caught_up()
