@@ -158,15 +158,20 @@ class Trail:
         while len(self._known) > 1 and self._known[1][0] <= earliest:
             self._known.popleft()
         view = memoryview(data)
-        for at in range(0, len(data), _FAR):
-            if not self._known or self.end - self._known[-1][0] >= _FAR:
+        # Where the last line ends a token is asked for most likely, and what comes next begins.
+        last = data.rfind(b"\n") + 1 if len(data) > _FAR else 0
+        at = 0
+        while at < len(data):
+            if not self._known or self.end - self._known[-1][0] >= _FAR or 0 < at == last:
                 self._known.append((self.end, self.digest.copy()))
-            self.digest.update(view[at : at + _FAR])
-            self.end += len(view[at : at + _FAR])
+            piece = view[at : last if at < last < at + _FAR else at + _FAR]
+            self.digest.update(piece)
+            self.end += len(piece)
+            at += len(piece)
         self.sha256 = self.digest.hexdigest()
-        self._bytes += data
         needed = self.end - min(self._known[0][0], self.end - WINDOW_BYTES)
-        del self._bytes[: max(0, len(self._bytes) - needed)]
+        del self._bytes[: max(0, len(self._bytes) + len(data) - needed)]
+        self._bytes += data
 
     def token(self, position: Position) -> ResumeToken:
         """The token for a place that was passed."""
