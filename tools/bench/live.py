@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import random
 import time
 from functools import partial
@@ -12,14 +14,14 @@ from tools.bench import calls, floors, followers
 from tools.bench.followers import Place
 from tools.bench.logs import LOOP, add_loop, append
 from tools.bench.plan import Sized
-from tools.bench.processes import Agent, Worker, cpu_seconds, memory
+from tools.bench.processes import Agent, Worker, confine, cpu_seconds, memory
 from tools.bench.readers import Tally
 from tools.bench.results import Result, Series, figure
 from tools.bench.rounds import interleaved
 from tools.bench.spreads import noise, quantile, ratios, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tools.bench.followers import Deliveries
@@ -96,6 +98,20 @@ class _Scene:
         seconds = time.perf_counter() - began
         return self.collect(lines).delays, lines / seconds
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """The writer and the agent on one processor, as in a Sprite, and the manager outside of it on another."""
+        all_of_them = os.sched_getaffinity(0)
+        inside, outside = ({processor} for processor in (min(all_of_them), max(all_of_them)))
+        places = {os.getpid(): inside, self.agent.pid: inside, self.worker.pid: outside}
+        try:
+            for pid, place in places.items():
+                confine(pid, place)
+            yield
+        finally:
+            for pid in places:
+                confine(pid, all_of_them)
+
 
 def run(plan: Plan) -> Result:
     """Few and many followers against a no-op call, a hurried writer, and silence."""
@@ -113,6 +129,8 @@ def run(plan: Plan) -> Result:
         lines = plan.sized(FLAT_OUT_LINES)
         flat_out = [scene.flat_out(lines) for _ in range(plan.rounds)]
         hurried = [scene.flat_out(lines, HURRIED_RATE) for _ in range(plan.rounds)]
+        with scene.apart():
+            apart = [scene.flat_out(lines) for _ in range(plan.rounds)]
         plan.say("live: nothing happens, 100 followers")
         idle = _idle(plan, scene)
     return Result(
@@ -120,6 +138,7 @@ def run(plan: Plan) -> Result:
             *_latencies(rounds, counts),
             figure("live.flat_out.p99", [quantile(delays, 0.99) for delays, _ in flat_out], noise=_spread_of(flat_out)),
             *_hurried("live.flat_out", "with it", flat_out, (0.5,)),
+            *_hurried("live.apart", "with it, the manager on a processor of its own", apart, (0.5, 0.99)),
             *_hurried("live.hurried", f"with one of {HURRIED_RATE:,} lines/s", hurried, (0.5, 0.99)),
             *idle,
             figure("live.lost", scene.tally.lost),
