@@ -85,3 +85,9 @@ def test_an_ipv6_address_needs_its_brackets(address: str) -> None:
         assert not is_local(address)
     except ValueError as error:
         assert "HOST:PORT" in str(error)  # noqa: PT017  # either answer refuses it
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1\udc80:50051", "unix:/run/\udc80.sock"])
+def test_what_is_no_text_is_no_address(address: str) -> None:
+    with pytest.raises(ValueError, match=r"\\udc80.*' is not valid UTF-8"):
+        is_local(address)

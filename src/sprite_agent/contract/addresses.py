@@ -14,8 +14,12 @@ def is_local(address: str) -> bool:
     """Whether a gRPC address (HOST:PORT or unix:PATH) is a Unix socket or on loopback.
 
     Raises:
-        ValueError: it is neither HOST:PORT nor unix:PATH.
+        ValueError: it is neither HOST:PORT nor unix:PATH, or no text.
     """
+    try:
+        address.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{address!a} is not valid UTF-8") from error
     if address.startswith("unix:"):
         if address == "unix:":
             raise ValueError("'unix:' needs a path, as in unix:/run/sprite-agent/agent.sock")
