@@ -242,6 +242,13 @@ async def test_an_authority_below_another_will_do_as_it_does_for_grpc(
     assert not [check for check in checks.values() if check.status == "failed"], checks
 
 
+@pytest.mark.parametrize("name", ["sprite..example", f"{'x' * 64}.example"])
+async def test_a_name_that_dns_can_not_have_is_the_addresss_fault(scene: Scene, target: Target, name: str) -> None:
+    found = broken(await diagnosed(dataclasses.replace(target, address=f"{name}:443", tls_ca=scene.ca)))
+
+    assert (found.layer, found.advice) == ("address", "check DNS")
+
+
 async def test_a_certificate_of_another_authority_is_tlss_fault(scene: Scene, target: Target) -> None:
     async with scene.agent() as address:
         found = broken(await diagnosed(dataclasses.replace(target, address=address, tls_ca=scene.strange_ca)))

@@ -367,6 +367,29 @@ async def test_watching_refuses_where_the_agent_does(transport: Transport) -> No
         await anext(follow(transport, "other", start=Position(), tell=print))
 
 
+async def test_watching_that_is_ended_has_ended_its_stream(
+    transport: Transport, repo: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.append(numbered(1, 1))
+    streaming, ended = transport.events, []
+
+    async def observed(asked: EventQuery) -> AsyncIterator[EventBatch]:
+        async with contextlib.aclosing(streaming(asked)) as batches:
+            try:
+                async for found in batches:
+                    yield found
+            finally:
+                ended.append(asked.loop_id)
+
+    monkeypatch.setattr(transport, "events", observed)
+    batches = follow(transport, LOOP, start=Position(), tell=print)
+    await anext(batches)
+
+    await batches.aclose()
+
+    assert ended == [LOOP]
+
+
 async def test_watching_tells_of_a_lost_agent_and_waits_for_it(
     start_agent: Callable[..., AgentProgram], repo: LoopFiles, tmp_path: Path
 ) -> None:

@@ -131,6 +131,19 @@ def test_it_ends_when_it_is_closed_and_leaves_neither_process_nor_thread(
     assert not any(thread.name == "executors" for thread in threading.enumerate())
 
 
+def test_one_that_was_stopped_is_ended_all_the_same(
+    executions: Executions, folder: StateFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "_ENDING", 0.1)
+    own, *others = waiting_for(executions, folder.path)
+    os.kill(own, signal.SIGSTOP)
+    until(lambda: "T (stopped)" in Path(f"/proc/{own}/status").read_text(), "it is stopped")
+
+    executions.close()
+
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (own, *others)), "its processes have ended")
+
+
 def test_it_can_be_closed_at_any_moment(executions: Executions) -> None:
     """Also where its thread is about to start one: what tells it to end is not taken for a wish that it has met."""
     inside = executions._executors  # noqa: SLF001  # the moment takes less than a microsecond

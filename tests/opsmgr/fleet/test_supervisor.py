@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,11 +16,12 @@ import pytest
 from opsmgr import store
 from opsmgr.config import FleetSettings
 from opsmgr.errors import LoopLocked
-from opsmgr.fleet import slots
+from opsmgr.fleet import follower, slots
 from opsmgr.fleet import supervisor as supervisor_module
 from opsmgr.fleet.follower import Follower
 from opsmgr.fleet.metrics import FleetMetrics
 from opsmgr.fleet.supervisor import Supervisor
+from opsmgr.passes.reconcile import reconcile_held
 from opsmgr.targets import Target
 from sprite_agent.contract.validation import validate
 from support.repos import LOOP, LoopFiles, event, line
@@ -108,6 +110,37 @@ async def test_targets_that_have_frozen_delay_no_other(
                     await asyncio.sleep(0.01)
 
         assert all(rows(settings)[target.name]["reach"] != "connected" for target in frozen)
+
+
+async def test_polls_count_among_the_passes_at_once(
+    settings: FleetSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of targets whose agents are away, which are read by their repos."""
+    passing = reconcile_held
+    under_way, most = 0, 0
+
+    async def counted(*args: Any, **options: Any) -> Any:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            await asyncio.sleep(0.05)  # time for any other that may be beside it
+            return await passing(*args, **options)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(follower, "reconcile_held", counted)
+    nobody = f"unix:{tmp_path}/nobody.sock"
+    away = [
+        replace(here(tmp_path, f"away-{n}"), transport="sprite_service", address=nobody, fallback="local")
+        for n in range(6)
+    ]
+    async with supervised(settings, away):
+        await eventually(
+            lambda: all(rows(settings).get(target.name, {}).get("lastEventName") for target in away), "all are read"
+        )
+
+    assert 1 <= most <= settings.max_passes
 
 
 async def test_a_bug_met_in_one_target_ends_no_other(
