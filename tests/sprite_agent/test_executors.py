@@ -131,17 +131,16 @@ def test_it_ends_when_it_is_closed_and_leaves_neither_process_nor_thread(
     assert not any(thread.name == "executors" for thread in threading.enumerate())
 
 
-def test_one_that_was_stopped_is_ended_all_the_same(
-    executions: Executions, folder: StateFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_was_stopped_is_ended_all_the_same(folder: StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is to end by itself, as after its command."""
     monkeypatch.setattr(executors, "_ENDING", 0.1)
-    own, *others = waiting_for(executions, folder.path)
+    process = executors.ExecutorProcess(folder.executions, changes_user=False)
+    own, other = sorted(until(lambda: all_of(folder.path), "it waits"))
     os.kill(own, signal.SIGSTOP)
     until(lambda: "T (stopped)" in Path(f"/proc/{own}/status").read_text(), "it is stopped")
 
-    executions.close()
-
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (own, *others)), "its processes have ended")
+    assert process.end() == -signal.SIGKILL
+    until(lambda: not Path(f"/proc/{other}").exists(), "what was to become the command has ended too")
 
 
 def test_it_can_be_closed_at_any_moment(executions: Executions) -> None:
