@@ -259,6 +259,7 @@ async def test_an_artifact_that_is_a_link_is_not_read(
         await transport.snapshot(LOOP)
 
 
+@pytest.mark.usefixtures("steady")
 async def test_all_events_at_once_come_in_pages(transport: Transport, repo: LoopFiles) -> None:
     """E15."""
     repo.append(numbered(3_000), numbered(300, first=3001, width=5_000))

@@ -341,6 +341,7 @@ async def test_a_trace_id_that_is_no_trailer_does_not_spoil_the_answer(ask: Ask,
     assert mirror.snapshot_from_message(answer.response.snapshot)["traceId"] == trace_id
 
 
+@pytest.mark.usefixtures("steady")
 async def test_a_full_batch_of_events_with_the_longest_trace_id_fits_a_message(
     stub: Stub, agent: Agent, repo: LoopFiles
 ) -> None:
