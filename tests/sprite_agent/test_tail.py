@@ -323,9 +323,9 @@ async def test_what_others_see_of_the_log_while_no_follower_takes_is_not_kept_fo
         assert await follower.until_lines(3) == [1, 2, 53]
 
 
-async def test_a_record_whose_last_bytes_come_by_themselves_is_judged_in_another_thread(
-    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def judging(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The threads in which what comes is judged, by their names."""
     threads: list[str] = []
     add = Newest.add
 
@@ -333,17 +333,37 @@ async def test_a_record_whose_last_bytes_come_by_themselves_is_judged_in_another
         threads.append(threading.current_thread().name)
         add(*words)
 
+    monkeypatch.setattr(Newest, "add", noting)
+    return threads
+
+
+async def test_a_burst_is_judged_without_another_thread(repo: Repo, loop: LoopFiles, judging: list[str]) -> None:
+    burst = numbered(3, 600, width=200)
+    assert 64 * 1024 < len(burst) < 256 * 1024
+    async with following(repo, loop, 1) as (follower,):
+        asking = asyncio.ensure_future(follower.until_lines(600))
+        await eventually(lambda: waiting(repo) == 1, "it waits for what comes")
+        loop.append(burst)
+        await asking
+
+    assert set(judging) == {threading.current_thread().name}
+
+
+async def test_a_record_whose_last_bytes_come_by_themselves_is_judged_in_another_thread(
+    repo: Repo, loop: LoopFiles, judging: list[str]
+) -> None:
     async with following(repo, loop, 1) as (follower,):
         text = numbered(3, 3, width=300_000)
         index = repo._log(LOOP)._index  # noqa: SLF001
         asking = asyncio.ensure_future(follower.until_lines(3))
         loop.append(text[:-1])
         await eventually(lambda: index.end == loop.log.stat().st_size, "the torn line was read")
-        monkeypatch.setattr(Newest, "add", noting)
+        judging.clear()
         loop.append(text[-1:])
         await asyncio.wait_for(asking, 10)
 
-    assert [name for name in threads if not name.startswith("log")] == []
+    assert judging
+    assert [name for name in judging if not name.startswith("log")] == []
 
 
 async def test_a_malformed_record_ends_those_who_do_not_skip_it_after_what_came_before(
