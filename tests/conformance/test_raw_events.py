@@ -125,13 +125,15 @@ EVENT = '{"timestamp":"t","event":"e"}'
 @pytest.mark.parametrize(
     ("text", "record_count", "fault"),
     [
+        ("", 0, "0 raw events are 0 lines"),
         (EVENT, 0, "0 raw events are 1 lines"),
         (EVENT, 2, "2 raw events are 1 lines"),
         (EVENT, -1, "-1 raw events"),
         (f"{EVENT}\n{EVENT}\n{EVENT}", 2, "2 raw events are 3 lines"),
         (f"{EVENT}\n{EVENT}", 1, "not JSON"),
-        (f"{EVENT}\n", 2, "not JSON"),
-        (f"{EVENT}{EVENT}\n\n", 3, "not JSON"),
+        (f"{EVENT}\n", 2, "2 raw events are 1 lines"),
+        (f"{EVENT}\n\n", 2, "not JSON"),
+        (f"{EVENT}{EVENT}\n\n{EVENT}", 3, "not JSON"),
         (f'{EVENT} {EVENT}\n{{"timestamp":"t",\n"event":"e"}}', 3, "not JSON"),
         (f"{EVENT}\n[1]\n{EVENT}", 3, "a JSON array"),
         (f'{EVENT}\n{EVENT}\n{{"timestamp":"t"}}', 3, "event.name"),

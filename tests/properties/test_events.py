@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+import msgspec
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sprite_agent.contract import json_text
-from sprite_agent.contract.events import EventBuilder
-from sprite_agent.contract.validation import validate
+from sprite_agent.contract.events import NEEDED, PLAIN, EventBuilder, UsualRecord, event_lines
+from sprite_agent.contract.validation import schemas, validate
 from sprite_agent.errors import ContractError
 
 ANYTHING = st.recursive(
@@ -36,14 +37,14 @@ def builder(*, whole: bool) -> EventBuilder:
         source={"repoPath": "/repo", "loopId": "demo"}, trace_id="t", emitted_at="2026-01-01T00:00:00Z", line_count=9
     )
     if whole:
-        made._accepts = made._are_plain = lambda _: False  # noqa: SLF001  # what the fast way stands for
+        made._are_plain = lambda _: False  # noqa: SLF001  # what the fast way stands for
     return made
 
 
 def outcome(made: EventBuilder, texts: list[str], line: int) -> Any:
     """The envelopes, or what is wrong and where."""
     try:
-        return made.build([json_text.object_in(text) for text in texts], texts, line)
+        return made.build([json_text.object_in(text) for text in texts], [text.encode() for text in texts], line)
     except ContractError as error:
         return error.path, error.message
 
@@ -80,3 +81,63 @@ def test_records_are_checked_as_they_are_built(records: list[dict[str, Any]]) ->
     assert refused == refusal(builder(whole=True), texts, 1)
     found = outcome(builder(whole=False), texts, 1)
     assert found == refused if refused else isinstance(found, list)
+
+
+TEXTS = st.builds(
+    lambda record, more, at: record[: at % len(record)] + more + record[at % len(record) :],
+    RECORDS.map(json_text.encode),
+    st.sampled_from([b"", b" ", b"\n", b"x", b"\xff", b"\\ud800", b'"', b"{}", b'"event":"e",', b'"data":{"n":1e999},'])
+    | st.binary(max_size=3),
+    st.integers(0, 300),
+)
+
+
+@given(lines=st.lists(RECORDS.map(json_text.encode) | TEXTS, max_size=4))
+@example([b'{"timestamp":"t","event":"e","data":' + b'{"a":' * 255 + b"{}" + b"}" * 255 + b"}"])
+@example([b'{"timestamp":"t","event":"e","data":' + b'{"a":' * 254 + b"{}" + b"}" * 254 + b"}"])
+@example([b'{"timestamp":"t","event":"e","data":{"n":' + b"9" * 5000 + b"}}"])
+@example([b'{"timestamp":"t","event":"e","more":{"n":1e999}}'])
+@example([b'{"timestamp":"t","event":"e","event":"f","data":{},"data":null}'])
+def test_lines_that_are_taken_for_events_are_events(lines: list[bytes]) -> None:
+    taken = lines[: event_lines(lines)]
+
+    values = [json_text.object_in(text) for text in taken]
+    if taken:
+        assert outcome(builder(whole=True), [text.decode() for text in taken], 1)[0]["envelopeType"] == "loop_run_event"
+        builder(whole=False).check(values, 1)
+
+
+def test_usual_lines_are_taken_for_events_without_another_look() -> None:
+    usual = json_text.encode({**GOOD, "loop_id": "demo", "role": "tester", "status": "ok", "message": None})
+
+    assert event_lines([usual, usual + b"\n", b"{}", usual]) == 2
+
+
+def test_the_members_of_a_usual_record_are_as_the_schema_has_them_in_an_envelope() -> None:
+    """A rule that the schema gets and the record has not would be left out by the agent."""
+    (shape,) = msgspec.json.schema(UsualRecord)["$defs"].values()
+
+    assert shape["required"] == list(NEEDED)
+    assert not shape["additionalProperties"]
+    assert {name: rule(member) for name, member in shape["properties"].items() if name != "loop_id"} == {
+        name: rule(property_at(place)) for name, place in PLAIN.items()
+    }
+
+
+def property_at(place: str) -> Any:
+    """A property of an event's envelope, by its path in the schema."""
+    found: Any = schemas()["loop_run_event"]["properties"]
+    for step in place.split("/"):
+        found = found[step]
+    return found
+
+
+def rule(node: Any) -> Any:
+    """What a schema demands of a value, the same however it is written."""
+    if "$ref" in node:
+        return rule(schemas()["common"]["$defs"][node["$ref"].rpartition("/")[2]])
+    if "anyOf" in node:
+        return sorted((rule(inner) for inner in node["anyOf"]), key=repr)
+    if isinstance(node["type"], list):
+        return sorted(({"type": kind} for kind in node["type"]), key=repr)
+    return {key: value for key, value in node.items() if key not in {"description", "default"}}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from sprite_agent.contract import json_text
-from sprite_agent.contract.json_text import member, open_object
+from sprite_agent.contract.json_text import OpenObject, member
 from sprite_agent.contract.validation import is_valid, members_check, validate
 from sprite_agent.errors import ContractError
 
@@ -21,9 +24,7 @@ if TYPE_CHECKING:
 SEQUENCE_SOURCE = "cursor_event_line_offset"
 
 _KIND = "loop_run_event"
-_OWN = {"run": "run", "event": "event"}
-"""What an envelope does not share with the others of its batch."""
-_PLAIN = {
+PLAIN = {
     "run_id": "run/properties/runId",
     "iteration": "run/properties/iteration",
     "timestamp": "event/properties/timestamp",
@@ -33,38 +34,82 @@ _PLAIN = {
     "message": "event/properties/message",
     "data": "event/properties/payload",
 }
-"""Where in an envelope the members of a record come to stand. Provided that those of `_NEEDED` are there, the rule
+"""Where in an envelope the members of a record come to stand. Provided that those of `NEEDED` are there, the rule
 changes none but into what it has for one that is absent: so a record whose members are accepted makes an envelope that
 is."""
-_NEEDED = ("timestamp", "event")
+NEEDED = ("timestamp", "event")
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+
+
+class UsualRecord(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """A record as nearly all are, of members that the schema accepts where they come to stand, and no others.
+
+    Others would have to be looked at, for what is no JSON value.
+    """
+
+    timestamp: _Text
+    event: _Text
+    loop_id: str = ""
+    run_id: _Text = ""
+    iteration: _Count = 0
+    role: str | None = None
+    status: str | None = None
+    message: str | None = None
+    data: dict[str, Any] | None = None
+
+
+_decode_usual = msgspec.json.Decoder(UsualRecord).decode
+
+
+def event_lines(lines: Sequence[bytes]) -> int:
+    """How many of these, up to the first of which it is not as plain, hold records that `EventBuilder.check` accepts.
+
+    Half of the time that it takes to make objects of them and ask the schema.
+    """
+    count, depth = 0, json_text.MAX_DEPTH
+    try:
+        for line in lines:
+            if len(line) > 2 * depth and json_text.is_deeper(line, depth):
+                break
+            _decode_usual(line)
+            count += 1
+    except (UnicodeError, msgspec.DecodeError):
+        pass
+    return count
 
 
 class EventBuilder:
     """Applies the rule to the records of one batch. Lives as long as it is made.
 
     The first and the last envelope are validated as a whole, and with them what all share, and the numbers that rise
-    from one to the other; of those between the rest: so the schema has accepted every one of them. It is asked about
-    all at once, and only where it refuses about each: so what is done for every event is as little as can be.
+    from one to the other; of those between what their records bring: so the schema has accepted every one of them. It
+    is asked about all at once, and only where it refuses about each: so what is done for every event is as little as
+    can be.
     """
 
     def __init__(self, *, source: Source, trace_id: str | None, emitted_at: str, line_count: int) -> None:
         """Takes what all events share."""
-        self._accepts, self._are_plain = _checks()
+        self._are_plain = _plain_check()
         self._source = source
         self._trace_id = trace_id
         self._emitted_at = emitted_at
         self._line_count = line_count
 
-    def build(self, values: Sequence[Json], texts: Sequence[str], line: int) -> list[EventEnvelope]:
-        """The envelopes of records, each of which has a line; `values` are what their `texts` hold.
+    def build(self, values: Sequence[Json], texts: Sequence[bytes], line: int) -> list[EventEnvelope]:
+        """The envelopes of records, each of which has a line; `values` are what their `texts` hold, line ends or not.
 
         `line`: number of the first; of a record over several lines, which is always alone, that of its last line.
 
         Raises:
             ContractError: one is no event that the schema accepts.
         """
-        return self._validated(self._envelopes(values, texts, line))
+        envelopes = self._envelopes(values, texts, line)
+        first, last = envelopes[0], envelopes[-1]
+        if not (is_valid(_KIND, first) and (first is last or (is_valid(_KIND, last) and self._are_plain(values)))):
+            _validate(envelopes)
+        return envelopes
 
     def whole(self, raw: RawEvents) -> list[EventEnvelope]:
         """The envelopes of raw events.
@@ -72,8 +117,9 @@ class EventBuilder:
         Raises:
             ContractError: they are not what they are said to be, or one is no event that the schema accepts.
         """
-        texts = [raw.text] if raw.record_count == 1 else raw.text.split("\n")
-        if len(texts) != raw.record_count:
+        text = raw.text.encode("utf-8", "surrogatepass")
+        texts = [text] if raw.record_count == 1 else io.BytesIO(text).readlines()  # a third of what split() takes
+        if not 0 < raw.record_count == len(texts):
             raise ContractError(f"{raw.record_count} raw events are {len(texts)} lines of text")
         values = json_text.objects_in(texts)
         values += map(json_text.object_in, texts[len(values) :])
@@ -85,30 +131,13 @@ class EventBuilder:
         Raises:
             ContractError: it does not.
         """
-        try:
-            if line >= 0 and self._are_plain(values):
-                return
-        except ValueError:
-            pass  # no JSON value
-        self._validated(self._envelopes(values, [None] * len(values), line))
+        if line < 0 or not self._are_plain(values):
+            _validate(self._envelopes(values, [None] * len(values), line))
 
-    def _validated(self, envelopes: list[Any]) -> list[EventEnvelope]:
-        if not self._are_valid(envelopes):
-            for envelope in envelopes:
-                validate(_KIND, envelope)  # it says where
-        return envelopes
-
-    def _are_valid(self, envelopes: list[Any]) -> bool:
-        first, last = envelopes[0], envelopes[-1]
-        try:
-            return is_valid(_KIND, first) and (first is last or (is_valid(_KIND, last) and self._accepts(envelopes)))
-        except ValueError:
-            return False  # no JSON value
-
-    def _envelopes(self, values: Sequence[Json], texts: Sequence[str | None], line: int) -> list[Any]:
+    def _envelopes(self, values: Sequence[Json], texts: Sequence[bytes | None], line: int) -> list[Any]:
         """What follows from records, each with its own text where that is given."""
-        # In one loop, with a call only where a value is not as it nearly always is, and a copy of what all have: a
-        # tenth less for every event than a call for each that writes all of it.
+        # In one loop, with a call only where a value is not as it nearly always is, open objects made on the spot, and
+        # a copy of what all have: a seventh less for every event than a call for each that writes all of it.
         shared: dict[str, Any] = {
             "schemaVersion": "v1",
             "envelopeType": _KIND,
@@ -126,9 +155,11 @@ class EventBuilder:
             iteration, name, payload, raw = find("iteration"), find("event"), find("data"), value
             role, status, message = find("role"), find("status"), find("message")
             if text is not None:
-                raw = open_object(value, text)
+                raw = OpenObject(value)
+                raw.within, raw.name = text, None
                 if type(payload) is dict:
-                    payload = open_object(payload, text, "data")
+                    payload = OpenObject(payload)
+                    payload.within, payload.name = text, "data"
             envelope = shared.copy()
             envelope["sequence"] = {"source": SEQUENCE_SOURCE, "value": line}
             envelope["cursor"] = {"eventLineOffset": line, "eventLineCount": line_count}
@@ -151,9 +182,15 @@ class EventBuilder:
 
 
 @functools.cache
-def _checks() -> tuple[Callable[[Any], bool], Callable[[Any], bool]]:
-    """What tells whether the schema accepts what envelopes do not share; and whether records make such envelopes."""
-    return members_check(_KIND, _OWN), members_check(_KIND, _PLAIN, required=_NEEDED)
+def _plain_check() -> Callable[[Any], bool]:
+    """What tells whether records make envelopes that the schema accepts."""
+    return members_check(_KIND, PLAIN, required=NEEDED)
+
+
+def _validate(envelopes: list[Any]) -> None:
+    """Returns if the schema accepts each; else it says where it does not."""
+    for envelope in envelopes:
+        validate(_KIND, envelope)
 
 
 def event_name(record: Json | None) -> Any:

@@ -42,26 +42,25 @@ class OpenObject(dict[str, Any]):
     """
 
     # No __init__ of its own: two of these are made for every event, and it would take half of the time.
-    __slots__ = ("_member", "_text")
+    __slots__ = ("name", "within")
 
-    _text: str
-    _member: str | None
+    within: str | bytes
+    """The text that it stands in; bytes: a line, its end included if it has one."""
+    name: str | None
+    """As which member of that; None: it is all of it."""
 
     @property
     def text(self) -> str:
-        """One JSON object, byte for byte as it was read."""
-        if self._member is not None:
-            self._text, self._member = _member_text(self._text, self._member), None
-        return self._text
+        """One JSON object, byte for byte as it was read. Cut out when it is first asked for: few ask."""
+        if self.name is not None or isinstance(self.within, bytes):
+            self.within, self.name = _cut_out(self.within, self.name), None
+        return self.within
 
 
-def open_object(value: dict[str, Any], text: str, member: str | None = None) -> OpenObject:
-    """`value` with its text; with `member`, `text` is that of the object which has it by that name.
-
-    The text of a member is cut out when it is first asked for: few ask.
-    """
+def open_object(value: dict[str, Any], text: str) -> OpenObject:
+    """`value` with its text."""
     made = OpenObject(value)
-    made._text, made._member = text, member  # noqa: SLF001  # this is how one is made
+    made.within, made.name = text, None
     return made
 
 
@@ -81,7 +80,7 @@ def parse(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
 def attempt(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> tuple[Any, str | None]:
     """The value that `text` holds, or why `parse` refuses it: where most texts are refused, raising costs the most."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if _is_deeper(data, max_depth):
+    if is_deeper(data, max_depth):
         return None, f"nested deeper than {max_depth} levels"
     try:
         return _decode(data), None
@@ -101,7 +100,7 @@ def objects_in(texts: Sequence[bytes] | Sequence[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     try:
         for text in texts:
-            if len(text) > 2 * MAX_DEPTH and _is_deeper(text.encode() if isinstance(text, str) else text, MAX_DEPTH):
+            if len(text) > 2 * MAX_DEPTH and is_deeper(text.encode() if isinstance(text, str) else text, MAX_DEPTH):
                 break
             value = _decode(text)
             if type(value) is not dict:
@@ -145,8 +144,9 @@ def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(shape)
 
 
-def _member_text(text: str, name: str) -> str:
-    return bytes(getattr(member_decoder(name).decode(text), name)).decode()
+def _cut_out(text: str | bytes, name: str | None) -> str:
+    found = text if name is None else bytes(getattr(member_decoder(name).decode(text), name))
+    return found.removesuffix(b"\n").decode() if isinstance(found, bytes) else found
 
 
 def member(value: Any, name: str) -> Any:
@@ -213,7 +213,7 @@ def _dotted(path: _Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def _is_deeper(data: bytes, depth: int) -> bool:
+def is_deeper(data: bytes, depth: int) -> bool:
     """Whether the nesting goes deeper. A level takes two brackets; and two counts cost little, and mostly settle it."""
     return len(data) > 2 * depth and data.count(b"{") + data.count(b"[") > depth and _depth(data) > depth
 

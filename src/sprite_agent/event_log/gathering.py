@@ -93,7 +93,7 @@ def _next(reader: LogReader, end: int, pace: Pace, room: tuple[int, int], *, is_
 
 def _whole_events(found: Run | Record, builder: EventBuilder) -> list[EventEnvelope]:
     texts = found.lines if isinstance(found, Run) else [found.text]
-    return builder.build(values_of(found), [text.decode() for text in texts], found.event_line)
+    return builder.build(values_of(found), texts, found.event_line)
 
 
 def _malformed(record: Record, error: ContractError) -> EventMalformed:

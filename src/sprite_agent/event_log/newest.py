@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sprite_agent.contract.streaming import RawEvents
 from sprite_agent.errors import ContractError
-from sprite_agent.event_log.records import START, values_of
+from sprite_agent.event_log.records import START, Run, values_of
 
 if TYPE_CHECKING:
     from sprite_agent.contract.events import EventBuilder
-    from sprite_agent.event_log.records import Position, Record, Run
+    from sprite_agent.event_log.records import Position, Record
     from sprite_agent.event_log.resume import Trail
 
 MAX_BATCH_EVENTS = 400
@@ -107,5 +107,6 @@ def raw_events(found: Run | Record, builder: EventBuilder) -> RawEvents:
     Raises:
         ContractError: a record in it is no event.
     """
-    builder.check(values_of(found), found.event_line)
+    if not (isinstance(found, Run) and found.are_events):
+        builder.check(values_of(found), found.event_line)
     return RawEvents(found.event_line, found.text.decode(), found.record_count)

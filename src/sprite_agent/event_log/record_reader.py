@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sprite_agent.contract import json_text
+from sprite_agent.contract.events import event_lines
 from sprite_agent.event_log.json_prefix import SHORT, ObjectPrefix, Verdict
 from sprite_agent.event_log.records import EXCERPT_BYTES, MAX_RECORD_BYTES, START, Position, Record, Run
 
@@ -59,7 +61,7 @@ class RecordReader:
         self._opening: _Opening | None = None
 
     def judge(self, *, wanted: bool) -> None:
-        """Whether from now on runs come judged: with values, and only of objects."""
+        """Whether from now on runs come judged: only of objects, with values or known to be events."""
         self._judges = wanted
 
     def feed(self, data: bytes) -> Iterator[Run | Record | None]:
@@ -108,7 +110,7 @@ class RecordReader:
                 most, size = self.most
                 if done >= len(lines):
                     last = data.rfind(b"\n", at, at + max(0, min(size, RUN_BYTES)) + 1)
-                    lines, done = [] if last < 0 else data[at:last].split(b"\n"), 0
+                    lines, done = io.BytesIO(data[at : last + 1]).readlines(), 0
                 if run := self._run(lines[done : done + min(most, _RUN_LINES)]):
                     at, done = at + len(run.text) + 1, done + run.record_count
                     found = [run]
@@ -121,16 +123,21 @@ class RecordReader:
 
     def _run(self, lines: list[bytes]) -> Run | None:
         """The run that the first of these lines are, up to one that is to be looked at by itself."""
-        values = json_text.objects_in(lines) if self._judges else None
-        count = _json_lines(lines) if values is None else len(values)
+        values, are_events = None, False
+        if not self._judges:
+            count = _json_lines(lines)
+        elif count := event_lines(lines):
+            are_events = True
+        else:
+            values = json_text.objects_in(lines)
+            count = len(values)
         if not count:
             return None
-        del lines[count:]
-        text = b"\n".join(lines)
+        text = b"".join(lines[:count])[:-1]
         self.lines += count
         self._offset += len(text) + 1
         self._boundary = (self.lines, self._offset)
-        return Run(self.lines, self._offset, text, lines, values)
+        return Run(self.lines, self._offset, text, count, values, are_events)
 
     def _keep_torn(self, data: bytes) -> None:
         if self._overlong:

@@ -85,15 +85,17 @@ class Run(NamedTuple):
     """Offset of the byte after the newline of the last."""
     text: bytes
     """Its bytes without the last newline."""
-    lines: list[bytes]
-    """The same, line by line: one at least."""
+    record_count: int
+    """How many records it has: one at least."""
     values: list[dict[str, Any]] | None = None
-    """Their objects; None: not yet judged."""
+    """Their objects; None: not yet judged, or known to be events without."""
+    are_events: bool = False
+    """Whether each is known to make one."""
 
     @property
-    def record_count(self) -> int:
-        """How many records it has."""
-        return len(self.lines)
+    def lines(self) -> list[bytes]:
+        """Its text, line by line."""
+        return self.text.split(b"\n")
 
     @property
     def event_line(self) -> int:
@@ -108,7 +110,7 @@ class Run(NamedTuple):
     @property
     def last(self) -> Record:
         """The last one, not yet judged."""
-        return Record(self.last_line, self.last_line, self.end, self.lines[-1])
+        return Record(self.last_line, self.last_line, self.end, self.text[self.text.rfind(b"\n") + 1 :])
 
     def records(self) -> list[Record]:
         """Each by itself, not yet judged."""
@@ -135,6 +137,8 @@ def values_of(found: Run | Record) -> list[dict[str, Any]]:
         ContractError: one is none; what is wrong with it.
     """
     if isinstance(found, Run):
+        if found.are_events:
+            return json_text.objects_in(found.lines)
         return [json_text.object_in(line) for line in found.lines] if found.values is None else found.values
     value, fault = found.value, found.fault
     if value is None and fault is None:
