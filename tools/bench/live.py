@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import random
@@ -21,7 +20,7 @@ from tools.bench.rounds import interleaved
 from tools.bench.spreads import noise, quantile, ratios, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from tools.bench.followers import Deliveries
@@ -98,16 +97,15 @@ class _Scene:
         seconds = time.perf_counter() - began
         return self.collect(lines).delays, lines / seconds
 
-    @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        """The writer and the agent on one processor, as in a Sprite, and the manager outside of it on another."""
+    def apart(self, lines: int) -> tuple[list[float], float]:
+        """The same, the writer and the agent on one processor, as in a Sprite, and the manager outside on another."""
         all_of_them = os.sched_getaffinity(0)
         inside, outside = ({processor} for processor in (min(all_of_them), max(all_of_them)))
         places = {os.getpid(): inside, self.agent.pid: inside, self.worker.pid: outside}
         try:
             for pid, place in places.items():
                 confine(pid, place)
-            yield
+            return self.flat_out(lines)
         finally:
             for pid in places:
                 confine(pid, all_of_them)
@@ -125,12 +123,15 @@ def run(plan: Plan) -> Result:
         arms["noop"] = lambda: worker.call(calls.noops, floor, [0.0] * scene.appends * 5)
         arms["paced noop"] = lambda: worker.call(calls.noops, floor, scene.gaps())
         rounds = interleaved(plan, "live", arms)
-        plan.say("live: a writer that does not pause")
         lines = plan.sized(FLAT_OUT_LINES)
-        flat_out = [scene.flat_out(lines) for _ in range(plan.rounds)]
-        hurried = [scene.flat_out(lines, HURRIED_RATE) for _ in range(plan.rounds)]
-        with scene.apart():
-            apart = [scene.flat_out(lines) for _ in range(plan.rounds)]
+        writers: dict[str, Callable[[], tuple[list[float], float]]] = {
+            "flat out": partial(scene.flat_out, lines),
+            "apart": partial(scene.apart, lines),
+            "hurried": partial(scene.flat_out, lines, HURRIED_RATE),
+        }
+        # How three processes share two processors is chance, for as long as such a round lasts.
+        written = interleaved(plan, "live, writers", writers, plan.rounds * 2)
+        flat_out = written["flat out"]
         plan.say("live: nothing happens, 100 followers")
         idle = _idle(plan, scene)
     return Result(
@@ -138,8 +139,8 @@ def run(plan: Plan) -> Result:
             *_latencies(rounds, counts),
             figure("live.flat_out.p99", [quantile(delays, 0.99) for delays, _ in flat_out], noise=_spread_of(flat_out)),
             *_hurried("live.flat_out", "with it", flat_out, (0.5,)),
-            *_hurried("live.apart", "with it, the manager on a processor of its own", apart, (0.5, 0.99)),
-            *_hurried("live.hurried", f"with one of {HURRIED_RATE:,} lines/s", hurried, (0.5, 0.99)),
+            *_hurried("live.apart", "with it, the manager on a processor of its own", written["apart"], (0.5, 0.99)),
+            *_hurried("live.hurried", f"with one of {HURRIED_RATE:,} lines/s", written["hurried"], (0.5, 0.99)),
             *idle,
             figure("live.lost", scene.tally.lost),
             figure("live.doubled", scene.tally.doubled),
