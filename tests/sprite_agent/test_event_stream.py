@@ -746,9 +746,9 @@ async def test_the_end_of_a_log_is_not_known_in_the_midst_of_a_chunk(
         return was_asked
 
     monkeypatch.setattr(Pace, "over", over_when_asked_again)
-    look = log.newest_steps()
+    whole_look = log.look_steps()
     while log._index.end < loop.log.stat().st_size:  # noqa: SLF001  # nor there
-        assert goes_on(look)
+        assert goes_on(whole_look)
     monkeypatch.undo()
     passed = log.lines_read
     assert 0 < passed < lines

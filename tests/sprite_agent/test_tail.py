@@ -338,15 +338,33 @@ def judging(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 async def test_a_burst_is_judged_without_another_thread(repo: Repo, loop: LoopFiles, judging: list[str]) -> None:
-    burst = numbered(3, 600, width=200)
-    assert 64 * 1024 < len(burst) < 256 * 1024
-    async with following(repo, loop, 1) as (follower,):
-        asking = asyncio.ensure_future(follower.until_lines(600))
-        await eventually(lambda: waiting(repo) == 1, "it waits for what comes")
-        loop.append(burst)
-        await asking
+    burst = numbered(3, 2_500, width=200)
+    assert 512 * 1024 < len(burst) < 1024 * 1024
+
+    await follow_while(burst, repo, loop, judging)
 
     assert set(judging) == {threading.current_thread().name}
+
+
+async def test_what_may_not_be_in_memory_is_judged_in_another_thread(
+    repo: Repo, loop: LoopFiles, judging: list[str]
+) -> None:
+    burst = numbered(3, 6_000, width=200)
+    assert len(burst) > 1024 * 1024
+
+    await follow_while(burst, repo, loop, judging)
+
+    assert judging[0].startswith("log")
+
+
+async def follow_while(burst: bytes, repo: Repo, loop: LoopFiles, judging: list[str]) -> None:
+    """Follows a log to which lines are appended all at once, until all have come; where they were judged is noted."""
+    async with following(repo, loop, 1) as (follower,):
+        asking = asyncio.ensure_future(follower.until_lines(2 + burst.count(b"\n")))
+        await eventually(lambda: waiting(repo) == 1, "it waits for what comes")
+        judging.clear()
+        loop.append(burst)
+        await asking
 
 
 async def test_a_record_whose_last_bytes_come_by_themselves_is_judged_in_another_thread(

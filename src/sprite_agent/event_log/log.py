@@ -37,8 +37,10 @@ _T = TypeVar("_T")
 
 _LITTLE = 64 * 1024
 """Bytes: reading and judging them takes a millisecond or two, whatever they hold."""
-_NEWEST_BYTES = 256 * 1024
-"""Looked at in one go for who keeps up: it takes a millisecond or two until they have the first of it."""
+_NEWEST_BYTES = 125 * 1024
+"""Looked at in one go for who keeps up: what one batch carries, and nothing over that would take another."""
+_BEHIND_BYTES = 1024 * 1024
+"""Of what has come that many looks are made without a break: it was just written, and no disk has to be waited for."""
 _BESIDE = 0.001
 """Seconds of reading again beside those looks: what comes meanwhile waits for it."""
 _MAX_WAITING = 8
@@ -143,14 +145,16 @@ class EventLog:
             self._index.advance(log, Aim(), background=_BESIDE)
 
     def is_quick(self, stamp: LogStamp | None) -> bool:
-        """Whether no more of what a log with this stamp holds is yet to be read and judged than a look takes at once.
+        """Whether a look at a log with this stamp (see `newest_steps`) takes no longer than the way to another thread.
 
-        Then the way to another thread would take longer; but nobody else may be at work on it, and none waits here.
+        But nobody else may be at work on it, and none waits here.
         """
         # What was read of a record that is not finished has yet to be judged, as a whole.
+        end, finished = self._index.end, self._index.finished
         return (
             stamp is not None
-            and self._index.end <= stamp.content.size <= self._index.finished + _NEWEST_BYTES
+            and end <= stamp.content.size <= end + _BEHIND_BYTES
+            and end <= finished + _NEWEST_BYTES
             and not self._lock.locked()
         )
 
