@@ -300,6 +300,23 @@ def test_what_nobody_asks_for_any_more_is_removed(folder: StateFolder) -> None:
     assert [left.name for left in folder.executions.iterdir()] == ["b"]
 
 
+def test_what_nobody_asks_for_any_more_stays_where_it_cannot_be_listed(folder: StateFolder) -> None:
+    """An agent starts, and answers, without it."""
+    (folder.executions / "a").mkdir(parents=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_one = os.dup(0)
+    os.close(next_one)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            list(folder.executions.iterdir())
+        Executions(folder.executions).forget_all_but([])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert [left.name for left in folder.executions.iterdir()] == ["a"]
+
+
 def test_only_the_agents_user_may_look_into_an_execution(folder: StateFolder, lane: int) -> None:
     before = os.umask(0)
     try:

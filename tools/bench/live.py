@@ -126,9 +126,10 @@ def run(plan: Plan) -> Result:
         lines = plan.sized(FLAT_OUT_LINES)
         writers: dict[str, Callable[[], tuple[list[float], float]]] = {
             "flat out": partial(scene.flat_out, lines),
-            "apart": partial(scene.apart, lines),
             "hurried": partial(scene.flat_out, lines, HURRIED_RATE),
         }
+        if len(os.sched_getaffinity(0)) > 1:
+            writers["apart"] = partial(scene.apart, lines)
         # How three processes share two processors is chance, for as long as such a round lasts.
         written = interleaved(plan, "live, writers", writers, plan.rounds * 2)
         flat_out = written["flat out"]
@@ -139,7 +140,9 @@ def run(plan: Plan) -> Result:
             *_latencies(rounds, counts),
             figure("live.flat_out.p99", [quantile(delays, 0.99) for delays, _ in flat_out], noise=_spread_of(flat_out)),
             *_hurried("live.flat_out", "with it", flat_out, (0.5,)),
-            *_hurried("live.apart", "with it, the manager on a processor of its own", written["apart"], (0.5, 0.99)),
+            *_hurried(
+                "live.apart", "with it, the manager on a processor of its own", written.get("apart", []), (0.5, 0.99)
+            ),
             *_hurried("live.hurried", f"with one of {HURRIED_RATE:,} lines/s", written["hurried"], (0.5, 0.99)),
             *idle,
             figure("live.lost", scene.tally.lost),
@@ -184,6 +187,8 @@ def _medians(rounds: list[list[float]]) -> list[float]:
 def _hurried(
     head: str, text: str, rounds: list[tuple[list[float], float]], quantiles: tuple[float, ...]
 ) -> list[Figure]:
+    if not rounds:
+        return []
     figures = [
         figure(
             f"{head}.p{share * 100:.0f}",

@@ -152,8 +152,9 @@ class Executions:
 
     def forget_all_but(self, kept: Iterable[str]) -> None:
         """Removes what executions have left that nobody asks for any more."""
-        if self._folder.is_dir():
-            for left in {entry.name for entry in self._folder.iterdir()} - set(kept):
+        keeping = set(kept)
+        with contextlib.suppress(OSError):  # there is none yet; or it takes its room until the next start
+            for left in {entry.name for entry in self._folder.iterdir()} - keeping:
                 self.forget(left)
 
     def _left(self, execution_id: str, name: str) -> bytes | None:
