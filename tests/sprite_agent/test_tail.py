@@ -470,6 +470,30 @@ async def test_in_a_burst_the_system_is_not_asked_and_afterwards_the_next_line_c
         assert (await asyncio.wait_for(reading, 5))[-1] == 2001
 
 
+async def test_in_a_burst_a_large_log_is_read_again_a_tenth_as_often(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail_module, "UNSURE_PAUSE", 100.0)
+    loop.append(numbered(1, 6_000, width=200))
+    async with follow(repo, after_line=6_000) as follower:
+        await follower.next()
+        asking = asyncio.ensure_future(follower.next())
+        await eventually(lambda: waiting(repo) == 1, "it waits for what comes")
+        (tail,) = repo._tails._tails.values()  # noqa: SLF001  # how often depends on the machine
+        assert tail.view is not None
+        tail.view = tail.view._replace(is_sure=False)
+        due = []
+        for tail._changes.is_deaf in (False, True):  # noqa: SLF001
+            for ago in (50, 500, 1500):
+                tail._reread_at = time.monotonic() - ago  # noqa: SLF001
+                due.append(tail._is_to_be_reread())  # noqa: SLF001
+        tail._changes.is_deaf = False  # noqa: SLF001
+        loop.append(numbered(6_001, 6_001))
+        await asking
+
+    assert due == [False, True, True, False, False, True]
+
+
 async def test_the_tail_ends_with_the_last_of_its_followers(repo: Repo, loop: LoopFiles) -> None:
     async with following(repo, loop, 2) as (first, last):
         await first.close()
