@@ -146,10 +146,10 @@ def _refused(constant: str) -> None:
     raise ValueError(constant)
 
 
-@given(logs, st.booleans())
-def test_the_records_are_those_that_the_contract_describes(log: bytes, judges: bool) -> None:  # noqa: FBT001  # hypothesis
+@given(logs, st.booleans(), st.booleans())
+def test_the_records_are_those_that_the_contract_describes(log: bytes, judges: bool, values: bool) -> None:  # noqa: FBT001  # hypothesis
     reader = RecordReader()
-    reader.judge(wanted=judges)
+    reader.judge(wanted=judges, values=values)
 
     found = fed(reader, log)
 
@@ -166,7 +166,7 @@ def test_objects_nested_too_deep_are_malformed_and_those_inside_them_are_not(log
 @given(st.data(), logs)
 def test_the_records_are_the_same_however_the_bytes_arrive(data: st.DataObject, log: bytes) -> None:
     whole, split = RecordReader(), RecordReader()
-    split.judge(wanted=data.draw(st.booleans()))
+    split.judge(wanted=data.draw(st.booleans()), values=data.draw(st.booleans()))
     expected = fed(whole, log)
 
     found = []

@@ -64,7 +64,7 @@ _decode_usual = msgspec.json.Decoder(UsualRecord).decode
 
 
 def event_lines(lines: Sequence[bytes]) -> int:
-    """How many of these, up to the first of which it is not as plain, hold records that `EventBuilder.check` accepts.
+    """How many of these, up to the first that is otherwise, are usual records: `EventBuilder.check` accepts them.
 
     Half of the time that it takes to make objects of them and ask the schema.
     """

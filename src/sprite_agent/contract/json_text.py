@@ -36,7 +36,7 @@ _STEPS = [{"{": 1, "[": 1, "}": -1, "]": -1}.get(chr(byte), 0) for byte in range
 
 
 class OpenObject(dict[str, Any]):
-    """An object of the runtime's own, with the text it was written as. Made by `open_object`.
+    """An object of the runtime's own, with the text it was written as. Made by `open_object`; many, on the spot.
 
     It compares and serializes as a dict; `encode` writes its text. Not to be changed.
     """
@@ -51,10 +51,11 @@ class OpenObject(dict[str, Any]):
 
     @property
     def text(self) -> str:
-        """One JSON object, byte for byte as it was read. Cut out when it is first asked for: few ask."""
-        if self.name is not None or isinstance(self.within, bytes):
-            self.within, self.name = _cut_out(self.within, self.name), None
-        return self.within
+        """One JSON object, byte for byte as it was read. Cut out when it is asked for: few ask."""
+        text = self.within
+        if self.name is not None:
+            text = bytes(getattr(member_decoder(self.name).decode(text), self.name))
+        return text.removesuffix(b"\n").decode() if isinstance(text, bytes) else text
 
 
 def open_object(value: dict[str, Any], text: str) -> OpenObject:
@@ -142,11 +143,6 @@ def member_decoder(name: str) -> msgspec.json.Decoder[Any]:
     """
     shape = msgspec.defstruct("Member", [(name, msgspec.Raw, msgspec.Raw(b""))])
     return msgspec.json.Decoder(shape)
-
-
-def _cut_out(text: str | bytes, name: str | None) -> str:
-    found = text if name is None else bytes(getattr(member_decoder(name).decode(text), name))
-    return found.removesuffix(b"\n").decode() if isinstance(found, bytes) else found
 
 
 def member(value: Any, name: str) -> Any:

@@ -40,7 +40,7 @@ _LITTLE = 64 * 1024
 _NEWEST_BYTES = 125 * 1024
 """Looked at in one go for who keeps up: what one batch carries, and nothing over that would take another."""
 _BEHIND_BYTES = 1024 * 1024
-"""Of what has come that many looks are made without a break: it was just written, and no disk has to be waited for."""
+"""So much may have come, for a look to be made at once: it was just written, and no disk has to be waited for."""
 _BESIDE = 0.001
 """Seconds of reading again beside those looks: what comes meanwhile waits for it."""
 _MAX_WAITING = 8
@@ -250,15 +250,12 @@ class EventLog:
         except BaseException:
             opened.reader.close()
             raise
-        opened.reader.judge()
         return opened
 
     def after_token_steps(self, text: str) -> Steps[Opened]:
         """See `reader_after_token`."""
         token = parse_token(text)
-        opened = yield from self._open_steps(lambda log: (token.position, self._index.place_of(log, token)))
-        opened.reader.judge()
-        return opened
+        return (yield from self._open_steps(lambda log: (token.position, self._index.place_of(log, token))))
 
     def open_folder(self) -> int | None:
         """A descriptor of the loop's folder, for the caller to close; None: there is none.

@@ -95,9 +95,9 @@ class LogReader:
                 return None
             self._read_chunk(end)
 
-    def judge(self) -> None:
-        """Has records be judged as they come, where that costs little more than reading them."""
-        self._records.judge(wanted=True)
+    def judge(self, *, values: bool) -> None:
+        """Has records be judged as they come, where that costs little more than reading them; `values`: and made."""
+        self._records.judge(wanted=True, values=values)
 
     def put_back(self, taken: Run | Record) -> None:
         """Has what was just taken be the next again; the records of a run come one by one then."""

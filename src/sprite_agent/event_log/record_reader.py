@@ -51,7 +51,7 @@ class RecordReader:
     def __init__(self, start: Position = START) -> None:
         self.most = ANY
         """How many records, and bytes, the next run may have."""
-        self._judges = False
+        self._judges = self._makes_values = False
         self.lines = start.line
         """Complete lines seen, from the beginning of the log."""
         self._boundary: tuple[int, int] = start
@@ -60,9 +60,9 @@ class RecordReader:
         self._overlong: _Overlong | None = None
         self._opening: _Opening | None = None
 
-    def judge(self, *, wanted: bool) -> None:
-        """Whether from now on runs come judged: only of objects, with values or known to be events."""
-        self._judges = wanted
+    def judge(self, *, wanted: bool, values: bool = False) -> None:
+        """Whether from now on runs come judged: of objects only, known to be events or, all if `values`, with these."""
+        self._judges, self._makes_values = wanted, values
 
     def feed(self, data: bytes) -> Iterator[Run | Record | None]:
         """The records that `data` completes. To be taken to the last before more is fed.
@@ -126,7 +126,7 @@ class RecordReader:
         values, are_events = None, False
         if not self._judges:
             count = _json_lines(lines)
-        elif count := event_lines(lines):
+        elif not self._makes_values and (count := event_lines(lines)):
             are_events = True
         else:
             values = json_text.objects_in(lines)

@@ -137,8 +137,6 @@ def values_of(found: Run | Record) -> list[dict[str, Any]]:
         ContractError: one is none; what is wrong with it.
     """
     if isinstance(found, Run):
-        if found.are_events:
-            return json_text.objects_in(found.lines)
         return [json_text.object_in(line) for line in found.lines] if found.values is None else found.values
     value, fault = found.value, found.fault
     if value is None and fault is None:
