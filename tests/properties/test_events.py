@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sprite_agent.contract import json_text
-from sprite_agent.contract.events import NEEDED, PLAIN, EventBuilder, UsualRecord, event_lines
+from sprite_agent.contract.events import NEEDED, PLAIN, EventBuilder, UsualRecord, usual_lines
 from sprite_agent.contract.validation import schemas, validate
 from sprite_agent.errors import ContractError
 
@@ -58,6 +58,8 @@ def refusal(made: EventBuilder, texts: list[str], line: int) -> tuple[str, str] 
     return None
 
 
+@example([GOOD, GOOD], -1)
+@example([GOOD, GOOD], 2**63 - 1)
 @given(records=st.lists(RECORDS, min_size=1, max_size=4), line=st.integers(-2, 9) | st.integers(2**63 - 5, 2**63 + 1))
 def test_what_is_checked_in_parts_is_what_the_whole_schema_says(records: list[dict[str, Any]], line: int) -> None:
     texts = [json_text.encode(record).decode() for record in records]
@@ -99,7 +101,7 @@ TEXTS = st.builds(
 @example([b'{"timestamp":"t","event":"e","more":{"n":1e999}}'])
 @example([b'{"timestamp":"t","event":"e","event":"f","data":{},"data":null}'])
 def test_lines_that_are_taken_for_events_are_events(lines: list[bytes]) -> None:
-    taken = lines[: event_lines(lines)]
+    taken = lines[: usual_lines(lines)]
 
     values = [json_text.object_in(text) for text in taken]
     if taken:
@@ -110,7 +112,7 @@ def test_lines_that_are_taken_for_events_are_events(lines: list[bytes]) -> None:
 def test_usual_lines_are_taken_for_events_without_another_look() -> None:
     usual = json_text.encode({**GOOD, "loop_id": "demo", "role": "tester", "status": "ok", "message": None})
 
-    assert event_lines([usual, usual + b"\n", b"{}", usual]) == 2
+    assert usual_lines([usual, usual + b"\n", b"{}", usual]) == 2
 
 
 def test_the_members_of_a_usual_record_are_as_the_schema_has_them_in_an_envelope() -> None:

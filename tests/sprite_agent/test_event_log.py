@@ -273,7 +273,7 @@ def test_what_comes_after_the_place_may_be_rewritten(log: EventLog, loop: LoopFi
 
     loop.rewrite(numbered(2) + numbered(2, first=7))
 
-    assert [record.value and record.value["n"] for record in rest(log, log.reader_after_token(token))] == [7, 8]
+    assert [record.value and record.value["data"]["n"] for record in rest(log, log.reader_after_token(token))] == [7, 8]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sprite_agent.artifacts import ArtifactFiles
+from sprite_agent.contract import json_text
 from sprite_agent.contract.events import EventBuilder
 from sprite_agent.contract.json_text import OpenObject
 from sprite_agent.contract.streaming import EventQuery
@@ -31,8 +32,8 @@ from sprite_agent.errors import (
     RequestInvalid,
     ResumeTokenInvalid,
 )
+from sprite_agent.event_log import record_reader, tail
 from sprite_agent.event_log import stream as stream_module
-from sprite_agent.event_log import tail
 from sprite_agent.event_log.folder_watch import FolderWatch
 from sprite_agent.event_log.newest import MAX_BATCH_BYTES, MAX_BATCH_EVENTS
 from sprite_agent.event_log.pieces import Pace, goes_on
@@ -724,11 +725,31 @@ async def test_what_has_come_since_the_end_of_a_log_was_known_is_in_the_first_ba
         assert lines_of([await follower.next()]) == [31, 32]
 
 
+@pytest.mark.parametrize(
+    ("raw", "in_vain"),
+    [(True, (json_text, "objects_in")), (False, (record_reader, "usual_lines"))],
+    ids=["raw", "whole"],
+)
+async def test_a_usual_line_is_only_parsed_for_what_is_sent(
+    repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch, *, raw: bool, in_vain: tuple[Any, str]
+) -> None:
+    loop.append(numbered(300))
+
+    def parsed(_: object) -> None:
+        pytest.fail("parsed for nothing")
+
+    monkeypatch.setattr(*in_vain, parsed)
+
+    batches = [batch async for batch in repo.stream_events(EventQuery(loop_id=LOOP), raw=raw)]
+
+    assert sum(batch.event_count for batch in batches) == 300
+
+
 async def test_the_end_of_a_log_is_not_known_in_the_midst_of_a_chunk(
     repo: Repo, loop: LoopFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = 10 * MAX_BATCH_EVENTS
-    loop.append(numbered(lines))
+    loop.append(*(line(event(n=number, text="")) for number in range(1, lines + 1)))
     await asyncio.sleep(0.1)  # by then its times tell of any change
     log = repo._log(LOOP)  # noqa: SLF001  # no stream stops where it is wanted
     builder = EventBuilder(

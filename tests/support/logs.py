@@ -33,8 +33,8 @@ def records_of(content: bytes) -> list[Record]:
 
 
 def numbered(count: int, first: int = 1, width: int = 0) -> bytes:
-    """Lines with events, numbered."""
-    return b"".join(line(event(n=number, text="x" * width)) for number in range(first, first + count))
+    """Lines with events as nearly all are, numbered."""
+    return b"".join(line(event(data={"n": number, "text": "x" * width})) for number in range(first, first + count))
 
 
 def taken(reader: LogReader, end: int) -> list[Record]:

@@ -81,18 +81,11 @@ def _validator(kind: str) -> jsonschema_rs.Draft202012Validator:
 def members_check(kind: str, places: Mapping[str, str], required: Sequence[str]) -> Callable[[Any], bool]:
     """What tells of a list of objects whether a document of `kind` may have what each has in members of these names.
 
-    `places`: by name the property of the document, as a path in its schema. To be made once: it takes a millisecond.
+    `places`: by name the property of the document, as a path in its schema. The objects must be made of JSON values, as
+    parsing gives them. To be made once: it takes a millisecond.
     """
     members = {name: {"$ref": f"{_PREFIX}{kind}#/properties/{place}"} for name, place in places.items()}
-    validator = _compiled({"items": {"properties": members, "required": list(required)}})
-
-    def accepts(objects: Any) -> bool:
-        try:
-            return validator.is_valid(objects)
-        except ValueError:
-            return False  # a value that is no JSON value
-
-    return accepts
+    return _compiled({"items": {"properties": members, "required": list(required)}}).is_valid
 
 
 def _compiled(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:

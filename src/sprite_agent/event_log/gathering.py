@@ -49,6 +49,7 @@ def gather(
         LogReplaced, LogTruncated, HistoryRewritten: the log was changed where the reader has already been, and nothing
             was taken yet.
     """
+    reader.judge(values=not raw)
     gathered = Gathered()
     pace = Pace()
     records_left, bytes_left = MAX_BATCH_EVENTS if most is None else min(most, MAX_BATCH_EVENTS), MAX_BATCH_BYTES

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sprite_agent.contract import json_text
-from sprite_agent.contract.events import event_lines
+from sprite_agent.contract.events import usual_lines
 from sprite_agent.event_log.json_prefix import SHORT, ObjectPrefix, Verdict
 from sprite_agent.event_log.records import EXCERPT_BYTES, MAX_RECORD_BYTES, START, Position, Record, Run
 
@@ -45,7 +45,7 @@ class RecordReader:
     """Reads one log from a position on. Feed it the bytes that follow, in pieces of any size.
 
     Holds at most one unfinished line and one unfinished record, about 2 MiB: records are made one
-    at a time or one run at a time, and each line is looked at three times at most, however openings end.
+    at a time or one run at a time, and each line is looked at four times at most, however openings end.
     """
 
     def __init__(self, start: Position = START) -> None:
@@ -126,7 +126,7 @@ class RecordReader:
         values, are_events = None, False
         if not self._judges:
             count = _json_lines(lines)
-        elif not self._makes_values and (count := event_lines(lines)):
+        elif not self._makes_values and (count := usual_lines(lines)):
             are_events = True
         else:
             values = json_text.objects_in(lines)

@@ -264,7 +264,6 @@ class _Stream:
         token, line = self._query.resume_token, self._query.after_line
         steps = self._log.after_line_steps(line) if token is None else self._log.after_token_steps(token)
         self._opened, self._view = yield from steps
-        self._opened.judge(values=not self._raw)
         if token is not None:
             self._last_line = self._opened.position.line
         self._found, self._fault = self._next_batch()
@@ -329,7 +328,6 @@ class _Stream:
             self._opened = None
         # Another file, a rewritten one, or let go of: go on only if it holds what was already sent.
         self._opened, self._view = yield from self._log.after_token_steps(self._token)
-        self._opened.judge(values=not self._raw)
 
     def _next_batch(self) -> tuple[EventBatch, EventMalformed | None]:
         """What can be sent now, and the malformed record that ends the stream after it."""
